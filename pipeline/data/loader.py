@@ -1,0 +1,74 @@
+"""Batches in the stream's order: same samples for any number of ranks and workers.
+
+The loader's whole state is one integer, the samples consumed so far (see pipeline.data.order).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.data.order import batches
+
+Fetch = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+
+
+class _Fetched(Dataset):
+    """Hands a whole batch of indices to `fetch` at once."""
+
+    def __init__(self, fetch: Fetch, count: int):
+        self.fetch, self.count = fetch, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError("batches are fetched whole")
+
+    def __getitems__(self, indices: np.ndarray) -> Mapping[str, np.ndarray]:
+        return self.fetch(np.asarray(indices))
+
+
+def _to_tensors(batch: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+
+
+def training_batches(
+    fetch: Fetch,
+    count: int,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless batches of this rank, from the global batch that begins at stream position `start`.
+
+    Args:
+        fetch: indices (b,) int64 -> named arrays of length b; picklable if workers > 0.
+        count: samples in an epoch.
+        batch_size: the global batch; this rank gets batch_size / world_size of it.
+        start: samples consumed so far, a multiple of batch_size.
+    """
+    loader = DataLoader(
+        _Fetched(fetch, count),
+        batch_sampler=_Endless(count, batch_size, rank, world_size, start, seed),
+        collate_fn=_to_tensors,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)
+
+
+class _Endless:
+    """The batch sampler: this rank's index arrays, for ever."""
+
+    def __init__(self, *order: int):
+        self.order = order
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return batches(*self.order)

@@ -1,0 +1,1 @@
+"""Scores of samples and reconstructions, and the report that shows them."""

@@ -1,0 +1,171 @@
+"""Encodes image shards into code shards: one small integer grid per level and image.
+
+    python pipeline/extract_codes.py --data runs/demo/shards --checkpoint runs/demo/vqvae \\
+        --out runs/demo/codes
+    torchrun --nproc_per_node 2 pipeline/extract_codes.py ...     shards are dealt to the processes
+
+Every image shard becomes one code shard with the same keys, members `<key>.level0.npy` ... (uint16
+or int32, coarse to fine) and `<key>.json`. With --flip true the training split has a second view of
+each image, `<key>_flip`: the codes of its mirror image. Finished shards are kept on a restart.
+"""
+
+import dataclasses
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+if not __package__:  # run as a script: import from the checkout, not from pipeline/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+
+from pipeline import stage
+from pipeline.data.images import IMAGE_EXTENSIONS, Recipe, decode, recipe_for
+from pipeline.data.index import ShardInfo, read_index, write_index
+from pipeline.data.shards import ShardReader, verify_shard, write_shard
+from pipeline.evaluation.pictures import to_unit
+from pipeline.models.vqvae import VQVAE
+from pipeline.training.checkpoint import load_model, model_sha256, read_about
+from pipeline.training.distributed import make_accelerator
+from pipeline.training.tracking import progress_bar
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractCodes:
+    """Config of the stage."""
+
+    data: Path
+    """Directory with image shards, made by shard_data.py."""
+    checkpoint: Path
+    """Run directory of train_vqvae.py, or its final/."""
+    out: Path
+    """Directory for the code shards."""
+    flip: bool = False
+    """Also encode the mirror image of every training image, as a second view for the prior."""
+    batch_size: int = 128
+    """Images per forward pass, in each process."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+def code_dtype(codebook_size: int) -> np.dtype:
+    """The smallest of uint16 and int32 that holds every code."""
+    return np.dtype("<u2" if codebook_size <= 65536 else "<i4")
+
+
+def to_npy(codes: np.ndarray) -> bytes:
+    """An (h, w) integer grid as the bytes of a .npy file."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, codes, allow_pickle=False)
+    return buffer.getvalue()
+
+
+@torch.no_grad()
+def encode(model: VQVAE, images: np.ndarray, device: torch.device) -> list[np.ndarray]:
+    """images (B, H, W, C) uint8 -> codes per level (B, h, w), coarse to fine."""
+    levels = model.encode_codes(to_unit(images, device))
+    sizes = model.config.codebook_sizes
+    return [
+        codes.cpu().numpy().astype(code_dtype(size))
+        for codes, size in zip(levels, sizes, strict=True)
+    ]
+
+
+def code_samples(
+    reader: ShardReader, recipe: Recipe, model: VQVAE, config: ExtractCodes, flip: bool, device, bar
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of a code shard, in the order of the image shard; flipped views last."""
+    for mirrored in (False, True) if flip else (False,):
+        for start in range(0, len(reader), config.batch_size):
+            chosen = range(start, min(start + config.batch_size, len(reader)))
+            encoded = [reader.read_member(i, *IMAGE_EXTENSIONS.values()) for i in chosen]
+            images = np.stack([decode(data, recipe) for data in encoded])
+            if mirrored:
+                images = images[:, :, ::-1].copy()
+            levels = encode(model, images, device)
+            for row, sample in enumerate(chosen):
+                key = reader.keys[sample].decode() + ("_flip" if mirrored else "")
+                about = json.loads(reader.read_member(sample, "json"))
+                about["view"] = "flip" if mirrored else "original"
+                members = {f"level{i}.npy": to_npy(grid[row]) for i, grid in enumerate(levels)}
+                yield key, {**members, "json": json.dumps(about).encode()}
+            bar.update(len(chosen))
+
+
+def main(config: ExtractCodes) -> None:
+    accelerator = make_accelerator()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    index = read_index(config.data)
+    model = load_model(config.checkpoint, "vqvae").to(accelerator.device)
+    assert isinstance(model, VQVAE)
+    about = read_about(config.checkpoint)
+    recipe = recipe_for(index.source, about["config"]["image_size"])
+    if recipe.hash != about["recipe"]:
+        raise stage.UserError(
+            f"{config.data} is read by recipe {recipe.hash}, {config.checkpoint} was trained with "
+            f"{about['recipe']}: use the shards it was trained on"
+        )
+    origin = {
+        "checkpoint_sha256": model_sha256(config.checkpoint),
+        "data_index_sha256": index.sha256,
+        "recipe": recipe.hash,
+        "image_size": recipe.size,
+        "grids": [list(grid) for grid in model.config.grids(recipe.size, recipe.size)],
+        "codebook_sizes": list(model.config.codebook_sizes),
+        "views": ["original", "flip"] if config.flip else ["original"],
+    }
+    note = config.out / "origin.json"
+    if note.is_file() and json.loads(note.read_text()) != origin:
+        raise stage.UserError(
+            f"{config.out} holds codes of another checkpoint, data or config; "
+            "delete it or choose another --out"
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        stage.write_json(note, origin)
+    accelerator.wait_for_everyone()
+
+    plan = [(split, shard) for split in index.splits for shard in index.shards(split)]
+    mine = plan[rank::world]
+    views = {split: 1 + (config.flip and split == "train") for split in index.splits}
+    total = sum(shard.num_samples * views[split] for split, shard in mine)
+    bar = progress_bar(total, "codes", disable=not accelerator.is_main_process)
+    for split, shard in mine:
+        path, done = config.out / shard.name, config.out / f".{shard.name}.json"
+        if done.is_file() and verify_shard(path, ShardInfo(**json.loads(done.read_text()))):
+            bar.update(shard.num_samples * views[split])
+            continue
+        reader = ShardReader(config.data / shard.name, shard)
+        samples = code_samples(
+            reader, recipe, model, config, views[split] == 2, accelerator.device, bar
+        )
+        stage.write_json(done, dataclasses.asdict(write_shard(path, samples)))
+    bar.close()
+    accelerator.wait_for_everyone()
+
+    if accelerator.is_main_process:
+        splits = {
+            split: tuple(
+                ShardInfo(**json.loads((config.out / f".{shard.name}.json").read_text()))
+                for shard in index.shards(split)
+            )
+            for split in index.splits
+        }
+        for split, shards in splits.items():
+            expected = index.num_samples(split) * views[split]
+            if sum(shard.num_samples for shard in shards) != expected:
+                raise RuntimeError(f"{split}: not exactly {expected} ids x views; this is a bug")
+        write_index(config.out, dataclasses.replace(index, splits=splits, codes=origin))
+        counts = [f"{split} {index.num_samples(split) * views[split]:,}" for split in splits]
+        print(f"{config.out}: samples {', '.join(counts)}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    stage.run(ExtractCodes, main, __doc__)

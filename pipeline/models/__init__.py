@@ -1,0 +1,11 @@
+"""Networks: no training code, no files. MODELS is the one place that names them."""
+
+from pipeline.models.classifier import Classifier, ClassifierConfig
+from pipeline.models.pixelcnn import PixelCNN, PixelCNNConfig
+from pipeline.models.vqvae import VQVAE, VQVAEConfig
+
+MODELS = {
+    "classifier": (ClassifierConfig, Classifier),
+    "vqvae": (VQVAEConfig, VQVAE),
+    "pixelcnn": (PixelCNNConfig, PixelCNN),
+}

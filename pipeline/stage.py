@@ -1,0 +1,160 @@
+"""What every stage script shares: its command line, one-line errors, exit codes, status.json.
+
+A stage is a frozen dataclass (its config) and a `main(config)`. The last line of a script is
+
+    if __name__ == "__main__":
+        stage.run(TrainVQVAE, main, __doc__)
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonargparse
+
+Config = TypeVar("Config")
+
+EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_REQUEUE = 0, 1, 2, 85
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one line: what is wrong, and the way out."""
+
+
+class Requeue(Exception):
+    """The stage saved its work and asks to be started again (exit code 85)."""
+
+
+def is_rank_zero() -> bool:
+    """True in the one process that prints and writes; launchers set RANK for all processes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def make_parser(config_type: type, description: str | None = None) -> jsonargparse.ArgumentParser:
+    """A strict command line for a config dataclass: default < YAML (--config) < flag."""
+    parser = jsonargparse.ArgumentParser(
+        prog=Path(sys.argv[0]).name,
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with differences to defaults")
+    parser.add_class_arguments(config_type)
+    return parser
+
+
+class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
+    """Keeps the line breaks of the script's docstring, which holds the commands."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+
+def parse(
+    config_type: type[Config],
+    arguments: Sequence[str] | None = None,
+    description: str | None = None,
+) -> Config:
+    """Builds the config from the command line; raises UserError for what does not fit."""
+    parser = make_parser(config_type, description)
+    try:
+        values = parser.instantiate(parser.parse_args(arguments))
+        values.pop("config", None)
+        return config_type(**vars(values))
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        raise UserError(f"{' '.join(str(error).split())} (see --help)") from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved config as plain JSON values: paths as strings, tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def provenance() -> dict[str, Any]:
+    """Where a result comes from: commit, versions, hardware, time."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        return result.stdout.strip()
+
+    packages = ("torch", "numpy", "accelerate", "webdataset", "torch-fidelity", "pillow")
+    return {
+        "commit": (git("rev-parse", "HEAD") or "unknown")
+        + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in packages},
+        },
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count()},
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def write_status(out: Path | None, state: str, exit_code: int, reason: str, seen: int = 0) -> None:
+    """Launchers turn every failure into exit code 1, so rank 0 leaves the truth in a file."""
+    if out is None or not is_rank_zero():
+        return
+    status = {"state": state, "exit_code": exit_code, "reason": reason, "images_seen": seen}
+    try:
+        write_json(out / "status.json", status)
+    except OSError as error:
+        print(f"warning: {out / 'status.json'} was not written: {error}", file=sys.stderr)
+
+
+def run(
+    config_type: type[Config], main: Callable[[Config], int | None], doc: str | None = None
+) -> None:
+    """Parses, runs `main`, and exits 0 (done), 2 (user error), 85 (requeue) or 1 (failure).
+
+    `main` may return the number of images seen, which goes into `<out>/status.json`.
+    """
+    out: Path | None = None
+    try:
+        config = parse(config_type, description=doc)
+        out = getattr(config, "out", None)
+        seen = main(config) or 0
+        write_status(out, "done", EXIT_DONE, "", seen)
+        code = EXIT_DONE
+    except UserError as error:
+        code = EXIT_USER_ERROR
+        write_status(out, "failed", code, str(error))
+        if is_rank_zero():
+            print(f"error: {error}", file=sys.stderr)
+    except Requeue as error:
+        code = EXIT_REQUEUE
+        write_status(out, "requeue", code, str(error))
+    except KeyboardInterrupt:
+        code = 130
+        write_status(out, "failed", code, "interrupted")
+    except Exception as error:
+        write_status(out, "failed", EXIT_FAILED, f"{type(error).__name__}: {error}")
+        raise
+    sys.exit(code)

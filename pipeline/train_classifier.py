@@ -1,0 +1,250 @@
+"""Trains the judge: a classifier of attributes (or classes) on one half of the training split.
+
+    python pipeline/train_classifier.py --data runs/demo/shards --out runs/demo/classifier-judge
+    torchrun --nproc_per_node 2 pipeline/train_classifier.py ...     two CPU processes, or two GPUs
+    python pipeline/train_classifier.py --data ... --out ... --total_images 20000    a quick look
+
+The judge measures (accuracy, a Fréchet distance on its features); whoever selects samples by a
+classifier trains another one, on the other half (--half 0) with another --seed and --channels, so
+that nothing is tuned on its own yardstick. Started again with the same --out it resumes.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+if not __package__:  # run as a script: import from the checkout, not from pipeline/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from pipeline import stage
+from pipeline.data.images import ImageSet, open_images
+from pipeline.data.loader import training_batches
+from pipeline.evaluation import judge, pictures
+from pipeline.models.classifier import Classifier, ClassifierConfig, loss
+from pipeline.training import distributed
+from pipeline.training.checkpoint import (
+    Checkpoints,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    refuse_changed_config,
+    save_model,
+)
+from pipeline.training.schedule import is_due, learning_rate
+from pipeline.training.tracking import Tracker
+from pipeline.training.weight_average import WeightAverage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainClassifier:
+    """Config of the stage. Figures of judges with different configs are not comparable."""
+
+    data: Path
+    """Directory with image shards, made by shard_data.py."""
+    out: Path
+    """Run directory: checkpoints/, final/, metrics.jsonl, tensorboard/."""
+    half: Literal[0, 1] = 1
+    """Half of the training split, by a hash of the key: 1 for the judge, 0 for a selector."""
+    image_size: int = 64
+    """Side of the square images in pixels."""
+    channels: int = 32
+    """Width of the first stage, a multiple of 8; there are 4 times as many features."""
+    total_images: int = 200_000
+    """Length of the run in images."""
+    batch_size: int = 128
+    """Global batch, over all processes."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of Adam; a linear warm-up, then a cosine down to 0."""
+    warmup_images: int = 2_000
+    """Length of the linear warm-up."""
+    average_halflife: int = 5_000
+    """Half-life of the weight average in images; 0 = no average."""
+    seed: int = 1
+    """Seed of the initial weights, the data order and the flips."""
+    log_every: int = 2_000
+    """Images between lines in the metrics."""
+    validate_every: int = 40_000
+    """Images between validations."""
+    save_every: int = 40_000
+    """Images between checkpoints."""
+    workers: int = 0
+    """Loader processes; 0 is fastest with the cache."""
+    cache: bool = True
+    """Decode the shards once into a uint8 cache beside them; false = decode every time."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "total_images", "batch_size", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+class _Fetch:
+    """A batch for the loader from positions in `chosen`; picklable for worker processes."""
+
+    def __init__(self, images: ImageSet, chosen: np.ndarray, targets: np.ndarray):
+        self.images, self.chosen, self.targets = images, chosen, targets
+
+    def __call__(self, positions: np.ndarray) -> dict[str, np.ndarray]:
+        indices = self.chosen[positions]
+        return {"images": self.images[indices], "targets": self.targets[indices]}
+
+
+def flips(seed: int, images_seen: int, batch_size: int) -> np.ndarray:
+    """(batch_size,) bool: which images of the global batch at `images_seen` are mirrored."""
+    return np.random.Generator(np.random.Philox(key=[seed, images_seen])).random(batch_size) < 0.5
+
+
+@torch.no_grad()
+def predict(model: Classifier, images: ImageSet, accelerator: Accelerator, batch_size: int = 250):
+    """Logits (N, A) float64 of the whole split on the CPU, each rank doing its part."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    part = range(len(images))[distributed.rank_slice(len(images), rank, world)]
+    logits = torch.zeros(
+        len(images), model.config.num_outputs, dtype=torch.float64, device=accelerator.device
+    )
+    for start in range(part.start, part.stop, batch_size):
+        where = slice(start, min(start + batch_size, part.stop))
+        logits[where] = model(pictures.to_unit(images[where], accelerator.device)).double()
+    distributed.all_reduce_sum(logits)
+    return logits.cpu()
+
+
+def main(config: TrainClassifier) -> int:
+    accelerator = distributed.make_accelerator()
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    distributed.check_global_batch(config.batch_size, world)
+
+    # Data: rank 0 fills the cache, the others wait for it.
+    with accelerator.main_process_first():
+        train = open_images(config.data, "train", config.image_size, cache=config.cache)
+        valid = open_images(config.data, "valid", config.image_size, cache=config.cache)
+    task, chosen = judge.find_task(train, config.half, config.data)
+    targets, part = judge.targets_of(train, task), distributed.rank_slice
+
+    # Model, average, optimizer.
+    torch.manual_seed(config.seed)
+    model_config = ClassifierConfig(
+        in_channels=train.recipe.channels, num_outputs=len(task.names),
+        channels=config.channels, kind=task.kind, names=task.names,
+    )  # fmt: skip
+    model = Classifier(model_config).to(device, memory_format=torch.channels_last)
+    average = WeightAverage(model, config.average_halflife)
+    adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
+
+    # Resume from the newest checkpoint that verifies.
+    checkpoints, images_seen = Checkpoints(config.out), 0
+    resolved = stage.to_dict(config)
+    if checkpoint := checkpoints.newest():
+        refuse_changed_config(checkpoint.state["config"], resolved, config.out)
+        model.load_state_dict(checkpoint.tensors("model"))
+        average.model.load_state_dict(checkpoint.tensors("average"))
+        load_optimizer_tensors(adam, model, checkpoint.tensors("optimizer"))
+        images_seen = checkpoint.images_seen
+    trained, optimizer = accelerator.prepare(model, adam)
+    accelerator.wait_for_everyone()
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            tensors = {
+                "model": model.state_dict(),
+                "average": average.model.state_dict(),
+                "optimizer": optimizer_tensors(adam, model),
+            }
+            checkpoints.save(images_seen, tensors, {"config": resolved, **stage.provenance()})
+        accelerator.wait_for_everyone()
+
+    def validate():
+        logits = predict(average.model, valid, accelerator)
+        return judge.figures(logits, judge.targets_of(valid, task), task)
+
+    if images_seen == 0:
+        save()  # the untrained state, so that an early death loses nothing
+    if accelerator.is_main_process:
+        where = f"resuming at {images_seen:,} images" if images_seen else "starting anew"
+        print(
+            f"{config.out}: {where}; {len(chosen):,} of {len(train):,} training images, "
+            f"{len(task.names)} {task.kind}"
+        )
+
+    tracker = Tracker(
+        config.out, "classifier", config.total_images, images_seen, accelerator.is_main_process
+    )
+    batches = training_batches(
+        _Fetch(train, chosen, targets), len(chosen), batch_size=config.batch_size,
+        seed=config.seed, start=images_seen, rank=rank, world_size=world, workers=config.workers,
+    )  # fmt: skip
+    losses = []
+    trained.train()
+    while images_seen < config.total_images:
+        # Step.
+        rate = learning_rate(
+            images_seen, config.learning_rate, "cosine", config.warmup_images, config.total_images
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = next(batches)
+        images = pictures.to_unit(batch["images"], device)
+        if task.kind == "attributes":  # a face may be mirrored, a digit may not
+            flipped = flips(config.seed, images_seen, config.batch_size)
+            mirror = torch.from_numpy(flipped[part(config.batch_size, rank, world)]).to(device)
+            images = torch.where(mirror[:, None, None, None], images.flip(-1), images)
+        total = loss(trained(images), batch["targets"].to(device), task.kind)
+        optimizer.zero_grad()
+        accelerator.backward(total)
+        optimizer.step()
+        before, images_seen = images_seen, images_seen + config.batch_size
+        average.update(model, config.batch_size, images_seen)
+        losses.append(total.detach())
+        tracker.advance(config.batch_size)
+
+        # Report, validate, save.
+        ends = images_seen >= config.total_images
+        saves = ends or is_due(config.save_every, before, images_seen)
+        if saves or is_due(config.log_every, before, images_seen):
+            window = {"classifier/train_loss": torch.stack(losses).mean()}
+            values, losses = distributed.mean_over_ranks(window, world), []
+            if not np.isfinite(values["classifier/train_loss"]):
+                raise stage.UserError(
+                    f"training diverged: the loss is not finite at {images_seen} images; lower "
+                    f"--learning_rate; {checkpoints.root} has the last good state"
+                )
+            values["schedule/learning_rate"] = rate
+            if tracker.enabled:
+                values["throughput/images_per_sec"] = tracker.images_per_sec(images_seen)
+            tracker.log(images_seen, values)
+            tracker.show(loss=values["classifier/train_loss"])
+        if not ends and is_due(config.validate_every, before, images_seen):
+            tracker.log(images_seen, validate()[0])
+        if saves:
+            save()
+
+    validation, per_output = validate()
+    tracker.log(images_seen, validation)
+    tracker.close()
+    if accelerator.is_main_process:
+        about = {
+            "config": resolved,
+            "images_seen": images_seen,
+            "validation": validation,
+            "per_output": per_output,
+            "skipped_constant_attributes": task.skipped,
+            "half": config.half,
+            "training_images": len(chosen),
+            "data_index_sha256": train.index.sha256,
+            "recipe": train.recipe.hash,
+            **stage.provenance(),
+        }
+        sha256 = save_model(config.out, "classifier", average.model, about)
+        accuracy = validation["classifier/validation_accuracy"]
+        print(f"{config.out / 'final'}: {sha256[:8]}, validation accuracy {accuracy:.4f}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return images_seen
+
+
+if __name__ == "__main__":
+    stage.run(TrainClassifier, main, __doc__)

@@ -1,0 +1,312 @@
+"""Trains a PixelCNN prior over the codes of one level, given the coarser levels.
+
+    python pipeline/train_prior.py --config configs/demo/train_prior_level0.yaml \\
+        --codes runs/demo/codes --level 0 --out runs/demo/prior-level0
+    accelerate launch --config_file configs/accelerate/gpu.yaml pipeline/train_prior.py \\
+        --config configs/celeba64/train_prior_level1.yaml \\
+        --codes runs/celeba64/codes --level 1 --out runs/celeba64/prior-level1
+    torchrun --nproc_per_node 2 pipeline/train_prior.py ...       two CPU processes, or two GPUs
+    python pipeline/train_prior.py ... --dry_run true             parameters, memory, disk, time
+
+Level 0 (top) is the coarsest. `final/` always holds the weights with the best validation nats per
+code. Started again with the same --out it resumes from its newest checkpoint.
+"""
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Literal
+
+if not __package__:  # run as a script: import from the checkout, not from pipeline/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from accelerate import Accelerator
+
+from pipeline import stage
+from pipeline.data.codes import CodeSet, open_codes
+from pipeline.data.loader import training_batches
+from pipeline.models.pixelcnn import PixelCNN, PixelCNNConfig
+from pipeline.training import distributed
+from pipeline.training.checkpoint import (
+    Checkpoints,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    refuse_changed_config,
+    save_model,
+)
+from pipeline.training.dry_run import report_dry_run
+from pipeline.training.schedule import Schedule, is_due, learning_rate
+from pipeline.training.tracking import MeanMetrics, Tracker
+from pipeline.training.weight_average import WeightAverage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainPrior:
+    """Config of the stage. The clock of a run is images seen."""
+
+    codes: Path
+    """Directory with code shards, made by extract_codes.py."""
+    out: Path
+    """Run directory: checkpoints/, final/, metrics.jsonl, tensorboard/."""
+    level: int | Literal["top", "bottom"] = 0
+    """Level whose codes are modelled; 0 or top is the coarsest, bottom the finest."""
+    condition: Literal["none", "class", "attributes"] = "none"
+    """What to condition on, besides the coarser levels."""
+    model: PixelCNNConfig = PixelCNNConfig()
+    """Sizes; what the codes determine (codebook sizes, classes, attributes) is filled in."""
+    total_images: int = 400_000
+    """Length of the run in images."""
+    batch_size: int = 64
+    """Global batch, over all processes."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of Adam."""
+    schedule: Schedule = "cosine"
+    """After the warm-up: constant, or a cosine down to 0."""
+    warmup_images: int = 5_000
+    """Length of the linear warm-up."""
+    gradient_clip: float = 1.0
+    """Largest global norm of the gradient."""
+    average_halflife: int = 10_000
+    """Half-life of the weight average in images; 0 = no average."""
+    seed: int = 0
+    """Seed of the initial weights, the data order and the dropout."""
+    log_every: int = 2_000
+    """Images between lines in the metrics."""
+    validate_every: int = 20_000
+    """Images between validations; each may renew final/."""
+    save_every: int = 100_000
+    """Images between checkpoints."""
+    workers: int = 0
+    """Loader processes; the codes are in memory, so 0 is fastest."""
+    dry_run: bool = False
+    """Print parameters, memory, disk and the time to the end, from ten steps, and stop."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_images", "batch_size", "learning_rate", "gradient_clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+def level_number(level: int | str, num_levels: int) -> int:
+    """0 ... num_levels - 1 for a number or an alias."""
+    number = {"top": 0, "bottom": num_levels - 1}.get(str(level), level)
+    if not isinstance(number, int) or not 0 <= number < num_levels:
+        raise stage.UserError(f"level must be in 0..{num_levels - 1}, top or bottom, got {level}")
+    return number
+
+
+def model_config(config: TrainPrior, codes: CodeSet, level: int) -> PixelCNNConfig:
+    """The model's config with what the codes determine."""
+    sizes = codes.index.codes["codebook_sizes"]  # pyright: ignore[reportOptionalSubscript]
+    names = {"class": codes.index.class_names, "attributes": codes.index.attribute_names}
+    if config.condition != "none" and not names[config.condition]:
+        raise stage.UserError(f"{config.codes} has no {config.condition} to condition on")
+    return dataclasses.replace(
+        config.model,
+        codebook_size=sizes[level],
+        coarser_codebook_sizes=tuple(sizes[:level]),
+        num_classes=len(names["class"]) if config.condition == "class" else 0,
+        num_attributes=len(names["attributes"]) if config.condition == "attributes" else 0,
+    )
+
+
+def model_inputs(batch: dict[str, torch.Tensor], level: int, device: torch.device) -> dict:
+    """What PixelCNN.forward takes, from a batch of the loader."""
+    on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {
+        "codes": on_device[f"level{level}"],
+        "coarser": [on_device[f"level{coarser}"] for coarser in range(level)],
+        "labels": on_device["labels"],
+        "attributes": on_device["attributes"],
+    }
+
+
+def hide_some_conditions(inputs: dict, generator: torch.Generator) -> dict:
+    """Makes parts of the condition unknown, so that any part of it can be given in sampling.
+
+    Of each image's attributes a uniformly random share is hidden; a class with probability 0.1.
+    """
+    labels, attributes = inputs["labels"], inputs["attributes"]
+    share = torch.rand(len(attributes), 1, generator=generator)
+    hidden = torch.rand(attributes.shape, generator=generator) < share
+    no_class = torch.rand(len(labels), generator=generator) < 0.1
+    return {
+        **inputs,
+        "attributes": attributes.masked_fill(hidden.to(attributes.device), 0),
+        "labels": labels.masked_fill(no_class.to(labels.device), -1),
+    }
+
+
+@torch.no_grad()
+def nats_per_code(
+    model: PixelCNN, codes: CodeSet, level: int, batch_size: int, accelerator, limit: int = 0
+) -> float:
+    """Mean negative log-likelihood in nats per code, over a split or its first `limit` samples,
+    with the full condition; each sample once, whatever the number of ranks."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    count = min(limit, len(codes)) if limit else len(codes)
+    part = torch.arange(count)[distributed.rank_slice(count, rank, world)]
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for indices in part.split(batch_size):
+        arrays = codes.fetch(indices.numpy())
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        with accelerator.autocast():
+            nats = model(**model_inputs(batch, level, accelerator.device))
+        total += nats.double() * len(indices)
+    distributed.all_reduce_sum(total)
+    return float(total) / count
+
+
+def train_step(model, optimizer, inputs: dict, clip: float, accelerator: Accelerator) -> dict:
+    """One optimizer step; returns the metrics as scalar tensors."""
+    nats = model(**inputs)
+    optimizer.zero_grad()
+    accelerator.backward(nats)
+    norm = accelerator.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return {"prior/train_nats_per_code": nats.detach(), "gradient/norm": norm}
+
+
+def main(config: TrainPrior) -> int:
+    accelerator = distributed.make_accelerator()
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    distributed.check_global_batch(config.batch_size, world)
+
+    # Data: the codes of all levels, in memory.
+    train, valid = open_codes(config.codes, "train"), open_codes(config.codes, "valid")
+    level = level_number(config.level, len(train.levels))
+
+    # Model, average, optimizer.
+    torch.manual_seed(config.seed)
+    model = PixelCNN(model_config(config, train, level))
+    model = model.to(device, memory_format=torch.channels_last)
+    average = WeightAverage(model, config.average_halflife)
+    adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
+    trained, optimizer = accelerator.prepare(model, adam)
+    if config.dry_run:
+        arrays = train.fetch(torch.arange(config.batch_size // world).numpy() % len(train))
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        inputs = model_inputs(batch, level, device)
+        report_dry_run(
+            lambda: train_step(trained, optimizer, inputs, config.gradient_clip, accelerator),
+            model, config.batch_size, config.total_images, config.save_every, accelerator,
+        )  # fmt: skip
+        return 0
+
+    # Resume from the newest checkpoint that verifies.
+    checkpoints, images_seen, best = Checkpoints(config.out), 0, math.inf
+    resolved = stage.to_dict(config)
+    if checkpoint := checkpoints.newest():
+        refuse_changed_config(checkpoint.state["config"], resolved, config.out)
+        if checkpoint.state["codes"] != train.index.codes:
+            raise stage.UserError(
+                f"{config.codes} holds other codes than {config.out} was trained on; "
+                "choose another --out"
+            )
+        model.load_state_dict(checkpoint.tensors("model"))
+        average.model.load_state_dict(checkpoint.tensors("average"))
+        load_optimizer_tensors(adam, model, checkpoint.tensors("optimizer"))
+        images_seen, best = checkpoint.images_seen, checkpoint.state["best"] or math.inf
+    accelerator.wait_for_everyone()
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            tensors = {
+                "model": model.state_dict(),
+                "average": average.model.state_dict(),
+                "optimizer": optimizer_tensors(adam, model),
+            }
+            state = {
+                "config": resolved,
+                "codes": train.index.codes,
+                "best": best if math.isfinite(best) else None,
+                **stage.provenance(),
+            }
+            checkpoints.save(images_seen, tensors, state)
+        accelerator.wait_for_everyone()
+
+    if images_seen == 0:
+        save()  # the untrained state, so that an early death loses nothing
+    if accelerator.is_main_process:
+        where = f"resuming at {images_seen:,} images" if images_seen else "starting anew"
+        print(f"{config.out}: {where}; level {level}, {len(train):,} training samples")
+
+    tracker = Tracker(
+        config.out, f"prior {level}", config.total_images, images_seen, accelerator.is_main_process
+    )
+    batches = training_batches(
+        train.fetch, len(train), batch_size=config.batch_size, seed=config.seed,
+        start=images_seen, rank=rank, world_size=world, workers=config.workers,
+    )  # fmt: skip
+    means = MeanMetrics()
+    trained.train()
+    while images_seen < config.total_images:
+        # Step. Randomness is keyed by position, so a resumed run needs no generator's state.
+        rate = learning_rate(
+            images_seen, config.learning_rate, config.schedule,
+            config.warmup_images, config.total_images,
+        )  # fmt: skip
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        key = hash((config.seed, images_seen, rank)) % 2**63
+        torch.manual_seed(key)
+        inputs = model_inputs(next(batches), level, device)
+        inputs = hide_some_conditions(inputs, torch.Generator().manual_seed(key))
+        metrics = train_step(trained, optimizer, inputs, config.gradient_clip, accelerator)
+        before, images_seen = images_seen, images_seen + config.batch_size
+        average.update(model, config.batch_size, images_seen)
+        means.add(metrics)
+        tracker.advance(config.batch_size)
+
+        # Report, validate, save.
+        ends = images_seen >= config.total_images
+        saves = ends or is_due(config.save_every, before, images_seen)
+        if saves or is_due(config.log_every, before, images_seen):
+            values = means.values(world)
+            if not math.isfinite(values["prior/train_nats_per_code"]):
+                raise stage.UserError(
+                    f"training diverged at {images_seen} images; lower --learning_rate; "
+                    f"{checkpoints.root} has the last good state"
+                )
+            values["schedule/learning_rate"] = rate
+            if tracker.enabled:
+                values["throughput/images_per_sec"] = tracker.images_per_sec(images_seen)
+            tracker.log(images_seen, values)
+            tracker.show(nats=values["prior/train_nats_per_code"], best=best)
+        if ends or is_due(config.validate_every, before, images_seen):
+            nats = nats_per_code(average.model, valid, level, config.batch_size, accelerator)
+            tracker.log(images_seen, {"prior/validation_nats_per_code": nats})
+            if nats < best:
+                best = nats
+                # the same measure on as many training samples: the gap is the overfitting
+                train_nats = nats_per_code(
+                    average.model, train, level, config.batch_size, accelerator, limit=len(valid)
+                )
+                if accelerator.is_main_process:
+                    about = {
+                        "config": resolved,
+                        "level": level,
+                        "images_seen": images_seen,
+                        "validation_nats_per_code": nats,
+                        "train_nats_per_code": train_nats,
+                        "codes": train.index.codes,
+                        "attribute_names": train.index.attribute_names,
+                        "class_names": train.index.class_names,
+                        **stage.provenance(),
+                    }
+                    save_model(config.out, "pixelcnn", average.model, about)
+        if saves:
+            save()
+
+    tracker.close()
+    if accelerator.is_main_process:
+        print(f"{config.out / 'final'}: best validation {best:.4f} nats per code")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return images_seen
+
+
+if __name__ == "__main__":
+    stage.run(TrainPrior, main, __doc__)

@@ -1,0 +1,1 @@
+"""What the training loops are handed: checkpoints, schedule, tracking, ranks, weight EMA."""

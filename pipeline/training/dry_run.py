@@ -1,0 +1,45 @@
+"""What a training run will cost, from ten real steps, before anyone waits for it."""
+
+import resource
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def report_dry_run(
+    step: Callable[[], object],
+    model: nn.Module,
+    batch_size: int,
+    total_images: int,
+    save_every: int,
+    accelerator,
+) -> None:
+    """Runs ten steps and prints parameters, peak memory, disk for checkpoints, images/s, time.
+
+    Args:
+        step: one training step on this rank's part of a batch.
+        batch_size: images of a global batch.
+    """
+    step()  # the first step also allocates and tunes
+    start = time.perf_counter()
+    for _ in range(10):
+        step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds = (time.perf_counter() - start) / 10
+    rate = batch_size / seconds
+    # a checkpoint holds the weights, their average and Adam's two moments
+    state = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    parameters = sum(p.numel() for p in model.parameters())
+    saves = 2 + (total_images // save_every if save_every else 0)
+    if accelerator.is_main_process:
+        print(f"parameters      {parameters:,}")
+        print(f"memory          {memory / 2**30:.2f} GiB at the peak of one process")
+        print(f"disk            {saves * 4 * state / 2**30:.2f} GiB in {saves} checkpoints")
+        print(f"speed           {rate:.1f} images/s on {accelerator.num_processes} process(es)")
+        print(f"time to the end {total_images / rate / 3600:.2f} h for {total_images:,} images")

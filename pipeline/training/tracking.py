@@ -1,0 +1,162 @@
+"""Figures for people (TensorBoard, progress bar) and for programs (metrics.jsonl), in one call.
+
+Every tag is written down here; an unknown one is an error. {level} is a level's number, {features}
+is judge, inception (the published weights only) or 8 hex digits of other weights' hash.
+"""
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from pipeline.training.distributed import all_reduce_sum
+
+TAGS = {
+    "loss/total": "the objective",
+    "loss/reconstruction": "mean squared error in [0, 1], training batches",
+    "loss/commitment": "sum over levels of |z_e - sg[e]|^2",
+    "codebook/level{level}/perplexity": "effective codes, exp of the entropy of their use",
+    "codebook/level{level}/unused_fraction": "share of codes not used since the last line",
+    "validation/mse": "mean squared error in [0, 1], validation split, averaged weights",
+    "validation/psnr": "10 log10(1 / MSE of an image), mean over images, dB",
+    "validation/level{level}/perplexity": "effective codes on the validation split",
+    "validation/level{level}/codes_used": "codes used at least once on the validation split",
+    "prior/train_nats_per_code": "negative log-likelihood of the training codes",
+    "prior/validation_nats_per_code": "the same on the validation split, averaged weights",
+    "classifier/train_loss": "cross-entropy in nats, training half",
+    "classifier/validation_loss": "cross-entropy in nats, validation split",
+    "classifier/validation_accuracy": "accuracy (classes) or mean accuracy over attributes",
+    "classifier/validation_average_precision": "mean over attributes or classes",
+    "throughput/images_per_sec": "training images per second, all processes",
+    "schedule/learning_rate": "learning rate of the step",
+    "gradient/norm": "global norm before clipping",
+    "fid/inception": "FID with the published Inception weights only",
+    "rfid/inception": "the same for reconstructions",
+    "frechet/{features}": "Fréchet distance of samples on other features: the judge's, or a hash",
+    "kid/{features}": "kernel distance of samples, unbiased, mean over subsets",
+    "precision/{features}": "share of samples near a real image",
+    "recall/{features}": "share of real images near a sample",
+    "inception_score/{features}": "inception score of samples",
+}
+_PATTERNS = [
+    re.compile(
+        re.escape(tag)
+        .replace(r"\{level\}", r"\d+")
+        .replace(r"\{features\}", "(judge|inception|[0-9a-f]{8})")
+    )
+    for tag in TAGS
+]
+
+
+def check_tag(tag: str) -> None:
+    """Raises KeyError for a tag that is not written down in TAGS or below `evaluation/`."""
+    if not tag.startswith("evaluation/") and not any(p.fullmatch(tag) for p in _PATTERNS):
+        raise KeyError(f"metric tag {tag!r} is not in pipeline/training/tracking.py")
+
+
+def progress_bar(total: int, description: str, initial: int = 0, unit: str = "images", **options):
+    """A bar with rate and time left; quiet enough for a log file when there is no terminal."""
+    bar = tqdm(
+        total=total,
+        initial=initial,
+        desc=description,
+        unit=f" {unit}",
+        dynamic_ncols=True,
+        smoothing=0.05,
+        **options,
+    )
+    if not bar.disable and not bar.fp.isatty():
+        bar.mininterval = 10.0
+    return bar
+
+
+class Tracker:
+    """Rank 0's record of a run; on other ranks every call does nothing."""
+
+    def __init__(
+        self,
+        out: Path,
+        description: str,
+        total_images: int,
+        images_seen: int = 0,
+        enabled: bool = True,
+    ):
+        self.enabled = enabled
+        self.bar = progress_bar(total_images, description, images_seen, disable=not enabled)
+        if not enabled:
+            return
+        self.path = out / "metrics.jsonl"
+        out.mkdir(parents=True, exist_ok=True)
+        _keep_lines_up_to(self.path, images_seen)
+        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=images_seen + 1)
+        self._last = (time.perf_counter(), images_seen)
+
+    def advance(self, num_images: int) -> None:
+        """Moves the progress bar."""
+        self.bar.update(num_images)
+
+    def images_per_sec(self, images_seen: int) -> float:
+        """Throughput since the last call."""
+        now, (then, before) = time.perf_counter(), self._last
+        self._last = (now, images_seen)
+        return (images_seen - before) / max(now - then, 1e-9)
+
+    def log(self, images_seen: int, values: Mapping[str, float]) -> None:
+        """Writes scalars to metrics.jsonl and TensorBoard."""
+        if not self.enabled:
+            return
+        line = {"images_seen": images_seen, "time": time.time(), **values}
+        for tag, value in values.items():
+            check_tag(tag)
+            self.writer.add_scalar(tag, value, images_seen)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def show(self, **values: float) -> None:
+        """Puts figures behind the progress bar."""
+        self.bar.set_postfix({key: f"{value:.4g}" for key, value in values.items()}, refresh=False)
+
+    def image(self, images_seen: int, tag: str, image: np.ndarray) -> None:
+        """Writes one picture (H, W, 3) uint8 to TensorBoard."""
+        if self.enabled:
+            self.writer.add_image(tag, image, images_seen, dataformats="HWC")
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.enabled:
+            self.writer.close()
+
+
+class MeanMetrics:
+    """Means of scalar tensors since the last report, over steps and ranks."""
+
+    def __init__(self) -> None:
+        self.steps, self.sums = 0, {}
+
+    def add(self, metrics: Mapping[str, torch.Tensor]) -> None:
+        """Adds one step's metrics; nothing is copied from the device."""
+        self.steps += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+
+    def values(self, world_size: int) -> dict[str, float]:
+        """The means; collective, and starts a new window."""
+        flat = torch.stack(list(self.sums.values())) / (self.steps * world_size)
+        all_reduce_sum(flat)
+        means = dict(zip(self.sums, flat.tolist(), strict=True))
+        self.steps, self.sums = 0, {}
+        return means
+
+
+def _keep_lines_up_to(path: Path, images_seen: int) -> None:
+    """A resumed run repeats what came after its checkpoint: drop those lines."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.strip()]
+        kept = [line for line in lines if json.loads(line)["images_seen"] <= images_seen]
+        path.write_text("".join(kept))
