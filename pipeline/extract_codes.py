@@ -102,7 +102,6 @@ def main(config: ExtractCodes) -> None:
     rank, world = accelerator.process_index, accelerator.num_processes
     index = read_index(config.data)
     model = load_model(config.checkpoint, "vqvae").to(accelerator.device)
-    assert isinstance(model, VQVAE)
     about = read_about(config.checkpoint)
     recipe = recipe_for(index.source, about["config"]["image_size"])
     if recipe.hash != about["recipe"]:

@@ -116,7 +116,6 @@ def load_priors(config: SamplePrior, paths: list[Path], device) -> list[tuple[Pi
     priors, sha256 = [], model_sha256(config.checkpoint)
     for level, path in enumerate(paths):
         model, about = load_model(path, "pixelcnn"), read_about(path)
-        assert isinstance(model, PixelCNN)
         if about["level"] != level:
             raise stage.UserError(f"{path} is a prior of level {about['level']}, needed {level}")
         if about["codes"]["checkpoint_sha256"] != sha256:
@@ -186,7 +185,6 @@ def main(config: SamplePrior) -> None:
     accelerator = make_accelerator()
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     vqvae = load_model(config.checkpoint, "vqvae").to(device)
-    assert isinstance(vqvae, VQVAE)
     paths = prior_paths(config, vqvae.config.num_levels)
     priors = load_priors(config, paths, device)
     if len(config.temperature) not in (1, len(priors)):

@@ -35,7 +35,7 @@ from pipeline.training.checkpoint import (
     save_model,
 )
 from pipeline.training.schedule import is_due, learning_rate
-from pipeline.training.tracking import Tracker
+from pipeline.training.tracking import MeanMetrics, Tracker
 from pipeline.training.weight_average import WeightAverage
 
 
@@ -131,9 +131,9 @@ def main(config: TrainClassifier) -> int:
         in_channels=train.recipe.channels, num_outputs=len(task.names),
         channels=config.channels, kind=task.kind, names=task.names,
     )  # fmt: skip
-    model = Classifier(model_config).to(device, memory_format=torch.channels_last)
+    model = Classifier(model_config).to(device).to(memory_format=torch.channels_last)
     average = WeightAverage(model, config.average_halflife)
-    adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
+    adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
 
     # Resume from the newest checkpoint that verifies.
     checkpoints, images_seen = Checkpoints(config.out), 0
@@ -177,7 +177,7 @@ def main(config: TrainClassifier) -> int:
         _Fetch(train, chosen, targets), len(chosen), batch_size=config.batch_size,
         seed=config.seed, start=images_seen, rank=rank, world_size=world, workers=config.workers,
     )  # fmt: skip
-    losses = []
+    means = MeanMetrics()
     trained.train()
     while images_seen < config.total_images:
         # Step.
@@ -198,15 +198,14 @@ def main(config: TrainClassifier) -> int:
         optimizer.step()
         before, images_seen = images_seen, images_seen + config.batch_size
         average.update(model, config.batch_size, images_seen)
-        losses.append(total.detach())
+        means.add({"classifier/train_loss": total})
         tracker.advance(config.batch_size)
 
         # Report, validate, save.
         ends = images_seen >= config.total_images
         saves = ends or is_due(config.save_every, before, images_seen)
         if saves or is_due(config.log_every, before, images_seen):
-            window = {"classifier/train_loss": torch.stack(losses).mean()}
-            values, losses = distributed.mean_over_ranks(window, world), []
+            values = means.values(world)
             if not np.isfinite(values["classifier/train_loss"]):
                 raise stage.UserError(
                     f"training diverged: the loss is not finite at {images_seen} images; lower "

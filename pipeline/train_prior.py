@@ -181,7 +181,7 @@ def main(config: TrainPrior) -> int:
     # Model, average, optimizer.
     torch.manual_seed(config.seed)
     model = PixelCNN(model_config(config, train, level))
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     average = WeightAverage(model, config.average_halflife)
     adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
     trained, optimizer = accelerator.prepare(model, adam)

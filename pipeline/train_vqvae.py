@@ -189,7 +189,7 @@ def main(config: TrainVQVAE) -> int:
 
     # Model, average, optimizer.
     torch.manual_seed(config.seed)
-    model = VQVAE(config.model).to(device, memory_format=torch.channels_last)
+    model = VQVAE(config.model).to(device).to(memory_format=torch.channels_last)
     average = WeightAverage(model, config.average_halflife)
     adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
     trained, optimizer = accelerator.prepare(model, adam)
@@ -281,6 +281,8 @@ def main(config: TrainVQVAE) -> int:
             save()
 
     tracker.close()
+    if not validation:  # an earlier run reached the end, but not this line
+        validation = validate(average.model, valid, config.batch_size, accelerator)
     if accelerator.is_main_process:
         about = {
             "config": resolved,

@@ -253,10 +253,9 @@ def open_images(
 ) -> ImageSet:
     """The images of a split at `size` pixels.
 
-    cache: keep decoded pixels in `<root>/cache/<recipe hash>/`, built at the first call and again
-    when the index has changed; otherwise each access reads and decodes. workers: threads that
-    build the cache and read the metadata, 0 for one per CPU. UserError for missing or damaged
-    shards.
+    cache: keep pixels in `<root>/cache/<recipe hash>/`, built at the first call and again when the
+    index has changed; otherwise each access reads and decodes. workers: threads that build the
+    cache and read the metadata, 0 for one per CPU. UserError for missing or damaged shards.
     """
     index = read_index(root)
     recipe = recipe_for(index.source, size)
@@ -282,7 +281,7 @@ def open_images(
                 write_json(note, expected)
     with np.load(directory / f"{split}.metadata.npz", allow_pickle=False) as file:
         metadata = dict(file)
-        pixels = _CachedPixels(directory / f"{split}.npy")
+    pixels = _CachedPixels(directory / f"{split}.npy")
     return ImageSet(index=index, split=split, recipe=recipe, pixels=pixels, **metadata)
 
 

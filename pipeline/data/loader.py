@@ -31,7 +31,7 @@ class _Fetched(Dataset):
         return self.fetch(np.asarray(indices))
 
 
-def _to_tensors(batch: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+def _to_tensors(batch: Any) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
 
@@ -70,5 +70,5 @@ class _Endless:
     def __init__(self, *order: int):
         self.order = order
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[Any]:
         return batches(*self.order)

@@ -276,7 +276,7 @@ def stream_shard(path: Path, expected: ShardInfo) -> Iterator[tuple[str, dict[st
     os.environ["WDS_SECURE"] = "1"  # for processes that import webdataset after this
     import webdataset.utils  # late: it is slow to import and only this function needs it
 
-    vars(webdataset.utils)["enforce_security"] = True
+    webdataset.utils.enforce_security = True  # pyright: ignore[reportAttributeAccessIssue]
     count = 0
     with open(path, "rb") as file:
         tar = _HashingFile(file)

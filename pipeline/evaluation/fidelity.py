@@ -1,7 +1,7 @@
 """Distances between two sets of images: features by one extractor, arithmetic by torch-fidelity.
 
     judge = judge_extractor(Path("runs/demo/classifier-judge"), device)
-    real = extract([judge], batches_of(images, indices), len(indices), "real")["judge"]
+    real = extract([judge], sets.batches_of(images, indices), len(indices), "real")["judge"]
     scores(samples, real)        {"frechet": Score(...), "kid": ..., "precision": ...}
 
 Sets are iterables of uint8 batches (B, H, W, C), whether they come from files, shards or a model.
@@ -9,12 +9,11 @@ A figure is named after its features: `inception` are the published weights and 
 only they make an FID; other weights go by the first 8 hex digits of their SHA-256.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
@@ -24,7 +23,6 @@ from pipeline.evaluation.extractors import Extractor
 from pipeline.stage import UserError
 from pipeline.training.tracking import progress_bar
 
-BATCH_SIZE = 50
 MIN_IMAGES = 16  # fewer make no subset, no neighbourhood and no score
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURHOOD = 3  # nearest neighbours of precision and recall (Kynkäänniemi et al. 2019)
@@ -33,17 +31,14 @@ RESAMPLES = 20  # of the bootstrap
 Batches = Iterable[np.ndarray]
 
 
-def batches_of(images: Any, indices: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
-    """Batches of anything that `[indices]` turns into (B, H, W, C) uint8, such as an ImageSet."""
-    for start in range(0, len(indices), BATCH_SIZE):
-        yield images[np.asarray(indices[start : start + BATCH_SIZE])]
-
-
-def blurred(batches: Batches, sigma: float) -> Iterator[np.ndarray]:
-    """The same images through a Gaussian blur of `sigma` pixels."""
-    for batch in batches:
-        smooth = gaussian_filter(batch.astype(np.float32), (0, sigma, sigma, 0), mode="nearest")
-        yield smooth.round().clip(0, 255).astype(np.uint8)
+def _with_channels(batch: np.ndarray, extractor: Extractor) -> np.ndarray:
+    """Grey images (B, H, W, 1) repeated for an extractor of colours; others as they are."""
+    if batch.shape[3] not in (1, extractor.channels):
+        raise UserError(
+            f"features {extractor.name} are of {extractor.channels} channels, the images have "
+            f"{batch.shape[3]}; give a judge trained on these images"
+        )
+    return np.repeat(batch, extractor.channels // batch.shape[3], axis=3)
 
 
 @torch.no_grad()
@@ -62,22 +57,18 @@ def extract(
     ):
         for batch in batches:
             for extractor in extractors:
-                repeats = extractor.channels // batch.shape[3]
-                images = np.repeat(batch, repeats, axis=3) if repeats > 1 else batch
-                tensor = torch.from_numpy(images).to(extractor.device).permute(0, 3, 1, 2)
-                features = extractor.module(tensor.contiguous())
+                tensor = torch.from_numpy(_with_channels(batch, extractor)).to(extractor.device)
+                features = extractor.module(tensor.permute(0, 3, 1, 2))
                 parts[extractor.name].append([layer.double().cpu() for layer in features])
             bar.update(len(batch))
-    return {
-        extractor.name: dict(
-            zip(
-                extractor.module.get_requested_features_list(),
-                [torch.cat(layer) for layer in zip(*parts[extractor.name], strict=True)],
-                strict=True,
-            )
-        )
-        for extractor in extractors
-    }
+    found = {}
+    for extractor in extractors:
+        layers = extractor.module.get_requested_features_list()
+        columns = zip(*parts[extractor.name], strict=True)
+        found[extractor.name] = {
+            layer: torch.cat(column) for layer, column in zip(layers, columns, strict=True)
+        }
+    return found
 
 
 class Score(NamedTuple):
@@ -109,7 +100,7 @@ def frechet_from_features(
         for _ in range(resamples)
     ]
     margin = 1.96 * float(np.std(values, ddof=1))
-    return Score(value, (value - margin, value + margin))
+    return Score(value, (max(0.0, value - margin), value + margin))
 
 
 def scores(

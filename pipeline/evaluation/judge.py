@@ -40,7 +40,7 @@ def find_task(images: ImageSet, half: int, data: Path) -> tuple[Task, np.ndarray
     """
     chosen = np.flatnonzero(half_of(images.keys) == half)
     names, attributes = images.index.attribute_names, images.attributes[chosen]
-    varies = (attributes > 0).any(0) & (attributes < 0).any(0)
+    varies = np.atleast_1d((attributes > 0).any(0) & (attributes < 0).any(0))
     skipped = tuple(name for name, use in zip(names, varies, strict=True) if not use)
     if varies.any():
         used = tuple(name for name, use in zip(names, varies, strict=True) if use)
@@ -75,7 +75,7 @@ def figures(
     Unknown targets do not count; logits (N, A), targets as from `targets_of`.
     """
     if task.kind == "classes":
-        logits, targets = logits[targets >= 0], targets[targets >= 0]
+        logits, targets = logits[torch.as_tensor(targets >= 0)], targets[targets >= 0]
         answers = logits.argmax(1).numpy()
         overall = float((answers == targets).mean())
     per_output = {}

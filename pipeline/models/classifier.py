@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 NUM_GROUPS = 8
+GRID = 4  # features are pooled to 4x4 and not to one vector: in aligned faces places mean something
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class _Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images (B, C, H, W) in [0, 1], H and W at least 8 -> logits (B, num_outputs)."""
+    """Images (B, C, H, W) in [0, 1], H and W at least 28 -> logits (B, num_outputs)."""
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()
@@ -80,11 +81,17 @@ class Classifier(nn.Module):
             _Block(2 * width, 4 * width),
             _Block(4 * width, 4 * width),
         )
+        self.project = nn.Linear(4 * width * GRID**2, config.num_features)
         self.head = nn.Linear(config.num_features, config.num_outputs)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) in [0, 1] -> features before the last layer (B, num_features)."""
-        return self.stages(2 * images - 1).mean((2, 3))
+        """Images (B, C, H, W) in [0, 1] -> features (B, num_features), each of mean 0, variance 1.
+
+        Normalised per image, so that distances between features have the same scale in every run.
+        """
+        pooled = F.adaptive_avg_pool2d(self.stages(2 * images - 1), GRID)  # (B, 4 width, 4, 4)
+        features = F.relu(self.project(pooled.flatten(1)))
+        return F.layer_norm(features, (self.config.num_features,))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(images))

@@ -9,7 +9,7 @@ sampling order: level 0 is the coarsest, the last level the finest. Pixels are i
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -141,11 +141,12 @@ class VQVAE(nn.Module):
                 h = torch.cat([h, self.conditioners[level - 1](stack)], 1)
             with torch.autocast(h.device.type, enabled=False):
                 # in bf16 neighbouring latents would round together and codes would be lost
-                latents = self.to_latents[level](h.to(self.to_latents[level].weight.dtype))
+                latents = self.to_latents[level](h.to(torch.promote_types(h.dtype, torch.float32)))
             quantized, level_codes, commitment = self.quantizers[level](latents)
             stack = self._stack(stack, quantized, level)
             codes.append(level_codes)
             commitments.append(commitment)
+        assert stack is not None  # there is at least one level
         return stack, codes, commitments
 
     def _stack(
@@ -169,7 +170,9 @@ class VQVAE(nn.Module):
         """codes per level (B, h, w) -> images (B, C, H, W), about [0, 1], not clamped."""
         stack = None
         for level, level_codes in enumerate(codes):
-            stack = self._stack(stack, self.quantizers[level].lookup(level_codes), level)
+            quantizer: Any = self.quantizers[level]
+            stack = self._stack(stack, quantizer.lookup(level_codes), level)
+        assert stack is not None  # there is at least one level
         return self._to_pixels(stack)
 
     def _to_pixels(self, stack: torch.Tensor) -> torch.Tensor:

@@ -166,7 +166,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict:
     """Adam's moments and step counts as `<parameter name>.<moment>` -> tensor."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
     return {
         f"{names[parameter]}.{key}": torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
@@ -185,9 +185,16 @@ def load_optimizer_tensors(
         own = {key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)}
         # a child module may have a parameter whose name starts alike; moments have no dot
         if moments := {key: t for key, t in own.items() if "." not in key}:
-            state[index] = moments
+            state[index] = {key: _like(parameter, t) for key, t in moments.items()}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _like(parameter: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """A moment in its parameter's memory layout: fused optimizers walk both by raw address."""
+    if moment.shape != parameter.shape:
+        return moment
+    return torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
 def save_model(out: Path, kind: str, model: nn.Module, about: dict[str, Any]) -> str:
@@ -222,7 +229,7 @@ def model_sha256(path: Path) -> str:
     return manifest["files"]["model.safetensors"]["sha256"]
 
 
-def load_model(path: Path | str, kind: str | None = None) -> nn.Module:
+def load_model(path: Path | str, kind: str | None = None) -> Any:
     """A trained model in eval mode on the CPU, from a run directory or its `final/`.
 
     Args:

@@ -1,6 +1,7 @@
 """Exponential moving average of the weights: the model that is validated and kept."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, halflife_images: int):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model: Any = copy.deepcopy(model).eval().requires_grad_(False)
         self.halflife_images = halflife_images
 
     @torch.no_grad()
@@ -25,7 +26,8 @@ class WeightAverage:
         halflife = min(self.halflife_images, images_seen * 0.05)
         weight = 1 - 0.5 ** (batch_size / halflife) if halflife > 0 else 1.0
         ours, theirs = self.model.state_dict(), model.state_dict()
-        floating = [name for name, tensor in ours.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([ours[n] for n in floating], [theirs[n] for n in floating], weight)
-        for name in ours.keys() - set(floating):
-            ours[name].copy_(theirs[name])
+        for name, tensor in ours.items():
+            if tensor.is_floating_point():
+                tensor.lerp_(theirs[name], weight)
+            else:
+                tensor.copy_(theirs[name])

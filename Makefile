@@ -1,0 +1,55 @@
+# make demo                       the whole pipeline on drawn faces
+# make demo CELEBA_ROOT=PATH      the same on CelebA
+# make test                       the tests
+# PYTHON=python3 uses that interpreter as it is and installs nothing (test-gpu, bench, bench-gpu).
+
+VENV := .venv
+PYTHON ?= $(VENV)/bin/python
+SYSTEM_PYTHON ?= python3
+
+ifeq ($(PYTHON),$(VENV)/bin/python)
+SETUP := $(VENV)/.done
+endif
+
+.PHONY: demo test check setup test-gpu bench bench-gpu golden tensorboard clean
+
+demo: $(SETUP)
+ifdef CELEBA_ROOT
+	$(PYTHON) pipeline/run_all.py --config configs/demo/run_all.yaml \
+		--source celeba --root "$(CELEBA_ROOT)" --out runs/demo-celeba
+else
+	$(PYTHON) pipeline/run_all.py --config configs/demo/run_all.yaml
+endif
+
+test: $(SETUP)
+	$(PYTHON) -m pytest -m "not gpu and not slurm and not faults and not browser"
+
+check: $(SETUP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright --pythonpath $(PYTHON)
+
+setup: $(SETUP)
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(SYSTEM_PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" * (sys.version_info < (3, 11)))'
+	$(SYSTEM_PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt '.[dev]'
+	rm -rf build *.egg-info
+	touch $@
+
+test-gpu: $(SETUP)
+	$(PYTHON) -m pytest -m gpu
+
+bench bench-gpu: $(SETUP)
+	@for script in benchmarks/*.py; do $(PYTHON) $$script || exit 1; done
+
+golden: $(SETUP)
+	$(PYTHON) tests/test_golden.py
+
+tensorboard: $(SETUP)
+	$(PYTHON) -m tensorboard.main --logdir runs --host localhost
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,62 @@
+"""Seeds, and what several test files share: tiny data sets, and stages run as users run them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data.faces import write_faces
+from pipeline.shard_data import ShardData
+from pipeline.shard_data import main as shard_data
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.set_num_threads(1)  # the models here are too small for more, and results repeat
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def face_shards(tmp_path_factory) -> Path:
+    """Shards of 160 drawn faces at 32 px, in three splits."""
+    root = tmp_path_factory.mktemp("faces")
+    write_faces(root / "faces", num_faces=160, size=32, seed=0, workers=1)
+    shard_data(
+        ShardData(source="faces", root=root / "faces", out=root / "shards", num_faces=160,
+                  face_size=32, shard_size=50, workers=1)
+    )  # fmt: skip
+    return root / "shards"
+
+
+def run_stage(*arguments, launcher=(), cwd=None, check=True, **env):
+    """Runs a stage script as a user would: `run_stage("train_vqvae.py", "--data", ...)`."""
+    script, *flags = arguments
+    command = [sys.executable, *launcher, str(ROOT / "pipeline" / script), *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    result = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    if check and result.returncode != 0:
+        raise AssertionError(f"{command}\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def metrics(out: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,134 @@
+"""Every YAML fits its stage and round-trips; what a user gets wrong is named in one line."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, run_stage
+
+from pipeline import stage
+from pipeline.models.pixelcnn import PixelCNN
+from pipeline.models.vqvae import VQVAE
+from pipeline.stage import UserError
+from pipeline.train_prior import TrainPrior, level_number
+from pipeline.train_vqvae import TrainVQVAE
+
+CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml") if path.parent.name != "accelerate")
+REQUIRED = {
+    "shard_data": ["--out=o", "--source=faces"],
+    "train_vqvae": ["--out=o", "--data=d"],
+    "extract_codes": ["--out=o", "--data=d", "--checkpoint=c"],
+    "train_prior": ["--out=o", "--codes=c"],
+    "sample_prior": ["--out=o", "--checkpoint=c"],
+    "train_classifier": ["--out=o", "--data=d"],
+    "evaluate": ["--out=o", "--data=d", "--checkpoint=c", "--judge=j"],
+    "run_all": ["--out=o", "--configs=c"],
+}
+
+
+def stage_of(path: Path):
+    """The module and config class of the stage that a YAML belongs to."""
+    name = path.stem.split("_level")[0]
+    module = importlib.import_module(f"pipeline.{name}")
+    class_name = "".join(word.capitalize() for word in name.split("_")).replace("Vqvae", "VQVAE")
+    return module, getattr(module, class_name)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_yaml_round_trips_through_print_config(path, tmp_path, capsys):
+    _, config_type = stage_of(path)
+    required = [
+        flag for flag in REQUIRED[path.stem.split("_level")[0]]
+        if flag[2:].split("=")[0] not in yaml.safe_load(path.read_text())
+    ]  # fmt: skip
+    config = stage.parse(config_type, [f"--config={path}", *required])
+    parser = stage.make_parser(config_type)
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--config={path}", *required, "--print_config"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert stage.parse(config_type, [f"--config={printed}"]) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_yaml_builds_its_model(path):
+    _, config_type = stage_of(path)
+    required = REQUIRED[path.stem.split("_level")[0]]
+    if config_type not in (TrainVQVAE, TrainPrior):
+        pytest.skip("no model in this stage")
+    config = stage.parse(config_type, [*required, f"--config={path}"])
+    with torch.device("meta"):
+        model = (VQVAE if config_type is TrainVQVAE else PixelCNN)(config.model)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1000
+
+
+def test_the_paper_sizes_are_the_papers():
+    path = ROOT / "configs/celeba256/train_vqvae.yaml"
+    config = stage.parse(TrainVQVAE, [*REQUIRED["train_vqvae"], f"--config={path}"])
+    model = config.model
+    assert (model.channels, model.residual_channels, model.residual_layers) == (128, 64, 2)
+    assert (model.codebook_sizes, model.code_dim, model.decay) == ((512, 512), 64, 0.99)
+    assert (config.beta, config.batch_size) == (0.25, 128)
+    assert model.grids(256, 256) == [(32, 32), (64, 64)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data=d", "--out=o", "--modle.channels=3"], "modle.channels"),
+        (["--data=d", "--out=o", "--model.chan=3"], "model.chan"),  # no abbreviations
+        (["--data=d", "--out=o", "--model.channels=three"], "model.channels"),
+        (["--data=d", "--out=o", "--model.channels=0"], "model.channels must be at least 1"),
+        (["--data=d", "--out=o", "--image_size=60"], "image_size must be divisible"),
+        (["--data=d", "--out=o", "--total_images=0"], "total_images must be positive"),
+        (["--data=d", "--out=o", "--schedule=linear"], "schedule"),
+        (["--out=o"], "data"),
+    ],
+)
+def test_user_errors_are_one_line_that_names_the_key(arguments, message):
+    with pytest.raises(UserError) as caught:
+        stage.parse(TrainVQVAE, arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unknown_keys_and_python_objects_in_yaml_are_refused(tmp_path):
+    for text, message in (("modell: {}", "modell"), ("seed: !!python/object:os.system {}", "")):
+        path = tmp_path / "bad.yaml"
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            stage.parse(TrainVQVAE, [*REQUIRED["train_vqvae"], f"--config={path}"])
+
+
+def test_flag_over_yaml_over_default(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("seed: 5\nlearning_rate: 1e-4\n")
+    config = stage.parse(TrainVQVAE, [*REQUIRED["train_vqvae"], f"--config={path}", "--seed=7"])
+    assert (config.seed, config.learning_rate, config.beta) == (7, 1e-4, 0.25)
+
+
+def test_level_aliases():
+    assert [level_number(level, 3) for level in ("top", "bottom", 1)] == [0, 2, 1]
+    for bad in (3, -1, "middle"):
+        with pytest.raises(UserError, match="level must be in"):
+            level_number(bad, 3)
+
+
+@pytest.mark.parametrize("script", sorted(REQUIRED))
+def test_help_teaches_and_errors_exit_2(script, tmp_path):
+    text = run_stage(f"{script}.py", "--help", cwd=tmp_path).stdout
+    assert "python pipeline/" in text and "--out" in text
+    failed = run_stage(f"{script}.py", "--nonsense", "1", cwd=tmp_path, check=False)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+
+
+def test_missing_inputs_are_named_in_one_line(tmp_path):
+    failed = run_stage(
+        "train_vqvae.py", "--data", tmp_path / "absent", "--out", tmp_path / "out", check=False
+    )
+    assert failed.returncode == 2
+    assert failed.stderr.count("\n") == 1 and "absent" in failed.stderr
+    status = yaml.safe_load((tmp_path / "out" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 2)
