@@ -40,10 +40,13 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	touch $@
 
 test-gpu: $(SETUP)
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest tests/test_gpu.py
 
-bench bench-gpu: $(SETUP)
-	@for script in benchmarks/*.py; do $(PYTHON) $$script || exit 1; done
+bench: $(SETUP)
+	$(PYTHON) benchmarks/nearest_code.py --json runs/bench/nearest_code-cpu.json
+
+bench-gpu: $(SETUP)
+	$(PYTHON) benchmarks/nearest_code.py --device cuda --json runs/bench/nearest_code-cuda.json
 
 golden: $(SETUP)
 	$(PYTHON) tests/test_golden.py

@@ -10,10 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.faces import write_faces
-from pipeline.shard_data import ShardData
-from pipeline.shard_data import main as shard_data
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -35,6 +31,11 @@ def _seeded():
 @pytest.fixture(scope="session")
 def face_shards(tmp_path_factory) -> Path:
     """Shards of 160 drawn faces at 32 px, in three splits."""
+    # imported here, because the GPU tests run where the stages' packages are not installed
+    from pipeline.data.faces import write_faces
+    from pipeline.shard_data import ShardData
+    from pipeline.shard_data import main as shard_data
+
     root = tmp_path_factory.mktemp("faces")
     write_faces(root / "faces", num_faces=160, size=32, seed=0, workers=1)
     shard_data(
