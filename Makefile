@@ -32,7 +32,7 @@ check: $(SETUP)
 setup: $(SETUP)
 
 $(VENV)/.done: pyproject.toml constraints.txt
-	$(SYSTEM_PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" * (sys.version_info < (3, 11)))'
+	$(SYSTEM_PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed")'
 	$(SYSTEM_PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt '.[dev]'
@@ -49,7 +49,7 @@ bench-gpu: $(SETUP)
 	$(PYTHON) benchmarks/nearest_code.py --device cuda --json runs/bench/nearest_code-cuda.json
 
 golden: $(SETUP)
-	$(PYTHON) tests/test_golden.py
+	PYTHONPATH=. $(PYTHON) tests/test_golden.py
 
 tensorboard: $(SETUP)
 	$(PYTHON) -m tensorboard.main --logdir runs --host localhost

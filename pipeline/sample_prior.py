@@ -208,9 +208,9 @@ def main(config: SamplePrior) -> None:
             f"{config.out} holds samples made otherwise; delete it or choose another --out"
         )
     accelerator.wait_for_everyone()
-    document = {**protocol, "num_images": config.num_images, "provenance": stage.provenance()}
-    if accelerator.is_main_process:
-        stage.write_json(note, document)
+    if accelerator.is_main_process and old.get("num_images") != config.num_images:
+        document = {**protocol, "num_images": config.num_images}
+        stage.write_json(note, {**document, "provenance": stage.provenance()})
 
     files = [config.out / "images" / f"{image:06d}.png" for image in range(config.num_images)]
     missing = [image for image, file in enumerate(files) if not file.is_file()]

@@ -17,7 +17,7 @@ from pipeline.train_vqvae import TrainVQVAE
 
 CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml") if path.parent.name != "accelerate")
 REQUIRED = {
-    "shard_data": ["--out=o", "--source=faces"],
+    "shard_data": ["--out=o", "--root=r", "--source=faces"],
     "train_vqvae": ["--out=o", "--data=d"],
     "extract_codes": ["--out=o", "--data=d", "--checkpoint=c"],
     "train_prior": ["--out=o", "--codes=c"],

@@ -61,9 +61,6 @@ def test_first_steps_are_the_golden_ones(tmp_path):
 
 
 if __name__ == "__main__":
-    import sys
-
-    sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as directory:
         result = {"header": header(), "steps": first_steps(Path(directory))}
     FILE.write_text(json.dumps(result, indent=1) + "\n")

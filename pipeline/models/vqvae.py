@@ -80,7 +80,7 @@ class VQVAEConfig:
         for ratio in reversed(self.ratios):
             if height % ratio or width % ratio:
                 raise ValueError(
-                    f"the image size must be divisible by the product of {self.ratios}"
+                    f"image_size must be divisible by the product of {self.ratios}"
                 )
             height, width = height // ratio, width // ratio
             grids.append((height, width))
