@@ -7,6 +7,7 @@ A stage is a frozen dataclass (its config) and a `main(config)`. The last line o
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -81,8 +82,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
+@functools.cache
 def provenance() -> dict[str, Any]:
-    """Where a result comes from: commit, versions, hardware, time."""
+    """Where a result comes from: commit, versions, hardware, and the time of the first call.
+
+    Asked once per process, because the checkout may move on while a long run goes on.
+    """
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:

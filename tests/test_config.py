@@ -52,12 +52,14 @@ def test_every_yaml_round_trips_through_print_config(path, tmp_path, capsys):
     assert stage.parse(config_type, [f"--config={printed}"]) == config
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "path",
+    [path for path in CONFIGS if path.stem.startswith(("train_vqvae", "train_prior"))],
+    ids=lambda p: f"{p.parent.name}-{p.stem}",
+)
 def test_every_yaml_builds_its_model(path):
     _, config_type = stage_of(path)
     required = REQUIRED[path.stem.split("_level")[0]]
-    if config_type not in (TrainVQVAE, TrainPrior):
-        pytest.skip("no model in this stage")
     config = stage.parse(config_type, [*required, f"--config={path}"])
     with torch.device("meta"):
         model = (VQVAE if config_type is TrainVQVAE else PixelCNN)(config.model)
@@ -94,7 +96,7 @@ def test_user_errors_are_one_line_that_names_the_key(arguments, message):
 
 
 def test_unknown_keys_and_python_objects_in_yaml_are_refused(tmp_path):
-    for text, message in (("modell: {}", "modell"), ("seed: !!python/object:os.system {}", "")):
+    for text, message in (("modell: 3", "modell"), ("seed: !!python/object:os.system {}", "")):
         path = tmp_path / "bad.yaml"
         path.write_text(text)
         with pytest.raises(UserError, match=message):
