@@ -102,6 +102,11 @@ def main(config: Evaluate) -> int:
             f"{config.checkpoint} was trained on recipe {about['recipe']}, {config.data} has "
             f"{real.recipe.hash}; give the shards it was trained on"
         )
+    if config.judge and read_about(config.judge)["recipe"] != real.recipe.hash:
+        raise stage.UserError(
+            f"{config.judge} was trained on images of another recipe than {config.checkpoint}; "
+            f"train a judge with --image_size {size}"
+        )
     half = read_about(config.judge)["half"] if config.judge else None
     unseen = np.flatnonzero(half_of(train.keys) != half)
     available = {config.split: len(real), "train (floor)": len(unseen)}

@@ -4,8 +4,8 @@
         --out runs/demo/codes
     torchrun --nproc_per_node 2 pipeline/extract_codes.py ...     shards are dealt to the processes
 
-Every image shard becomes one code shard with the same keys, members `<key>.level0.npy` ... (uint16
-or int32, coarse to fine) and `<key>.json`. With --flip true the training split has a second view of
+Every image shard becomes one code shard with the same keys, members `<key>.level0.npy` ... (uint16,
+coarse to fine) and `<key>.json`. With --flip true the training split has a second view of
 each image, `<key>_flip`: the codes of its mirror image. Finished shards are kept on a restart.
 """
 
@@ -53,11 +53,6 @@ class ExtractCodes:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
-def code_dtype(codebook_size: int) -> np.dtype:
-    """The smallest of uint16 and int32 that holds every code."""
-    return np.dtype("<u2" if codebook_size <= 65536 else "<i4")
-
-
 def to_npy(codes: np.ndarray) -> bytes:
     """An (h, w) integer grid as the bytes of a .npy file."""
     buffer = io.BytesIO()
@@ -69,11 +64,7 @@ def to_npy(codes: np.ndarray) -> bytes:
 def encode(model: VQVAE, images: np.ndarray, device: torch.device) -> list[np.ndarray]:
     """images (B, H, W, C) uint8 -> codes per level (B, h, w), coarse to fine."""
     levels = model.encode_codes(to_unit(images, device))
-    sizes = model.config.codebook_sizes
-    return [
-        codes.cpu().numpy().astype(code_dtype(size))
-        for codes, size in zip(levels, sizes, strict=True)
-    ]
+    return [codes.cpu().numpy().astype("<u2") for codes in levels]  # K is at most 65,536
 
 
 def code_samples(

@@ -18,12 +18,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 if not __package__:  # run as a script: import from the checkout, not from pipeline/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipeline import stage
+from pipeline.training.checkpoint import model_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -103,8 +104,10 @@ def steps(config: RunAll) -> list[Step]:
 
 
 def fingerprint(directory: Path) -> str:
-    """What a stage's output is known by: the hash of its index, manifest or protocol."""
-    for name in ("index.json", "final/manifest.json", "samples.json", "report.json"):
+    """What a stage's output is known by: the hash of its weights, index or protocol."""
+    if (directory / "final" / "manifest.json").is_file():
+        return model_sha256(directory)
+    for name in ("index.json", "samples.json", "report.json"):
         if (directory / name).is_file():
             return hashlib.sha256((directory / name).read_bytes()).hexdigest()
     return "absent"
@@ -145,7 +148,22 @@ def collect(out: Path) -> None:
             link.symlink_to(Path("..") / log.parent.name / "tensorboard")
 
 
+def end(step: Step, code: int) -> NoReturn:
+    """Passes a stage's end on: a launcher turns every code into 1, so its status has the truth."""
+    status = step.out / "status.json"
+    if code == stage.EXIT_FAILED and status.is_file():
+        code = json.loads(status.read_text())["exit_code"]
+    message = f"stage {step.name} ended with exit code {code}; see above"
+    if code == stage.EXIT_REQUEUE:
+        raise stage.Requeue(message)
+    if code == stage.EXIT_USER_ERROR:
+        raise stage.UserError(f"{message}; to start that stage anew delete {step.out}")
+    raise RuntimeError(message)
+
+
 def main(config: RunAll) -> None:
+    if not stage.is_rank_zero():
+        return  # it starts the processes of its stages itself
     configs = config.configs if config.configs.is_dir() else ROOT / config.configs
     if not configs.is_dir():
         raise stage.UserError(f"{config.configs} is not a folder of stage configs")
@@ -154,7 +172,8 @@ def main(config: RunAll) -> None:
     for number, step in enumerate(plan := steps(config), start=1):
         yaml = configs / f"{step.config}.yaml"
         title, key = f"[{number}/{len(plan)}] {step.name}", key_of(step, yaml)
-        if done.get(step.name) == key and fingerprint(step.out) != "absent":
+        # shards are always looked at: that is quick, and the images may have changed
+        if step.inputs and done.get(step.name) == key and fingerprint(step.out) != "absent":
             print(f"{title}: unchanged, skipped", flush=True)
             continue
         arguments = command(step, yaml, config.processes)
@@ -162,7 +181,7 @@ def main(config: RunAll) -> None:
         start = time.monotonic()
         code = subprocess.run(arguments, check=False).returncode
         if code != 0:
-            raise stage.UserError(f"stage {step.name} ended with exit code {code}; see above")
+            end(step, code)
         print(f"  {step.name}: {time.monotonic() - start:.0f} s", flush=True)
         done[step.name] = key
         stage.write_json(done_file, done)
@@ -170,7 +189,8 @@ def main(config: RunAll) -> None:
     print(f"\nsamples          {config.out / 'samples.png'}")
     print(f"reconstructions  {config.out / 'reconstructions.png'}")
     print(f"report           {config.out / 'report.md'}")
-    print(f"TensorBoard      tensorboard --logdir {config.out / 'tensorboard'}")
+    tensorboard = f"{sys.executable} -m tensorboard.main --logdir {config.out / 'tensorboard'}"
+    print(f"TensorBoard      {tensorboard}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class SamplePrior:
     columns: int = 8
     """Columns of the grid."""
     tar: bool = False
-    """Write <out>/images.tar in place of a folder."""
+    """Write <out>/images.tar in place of a folder (evaluate.py reads the folder)."""
 
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size", "columns"):
@@ -203,19 +203,19 @@ def main(config: SamplePrior) -> None:
     }
     note = config.out / "samples.json"
     old = json.loads(note.read_text()) if note.is_file() else {}
+    protocol["num_images"] = config.num_images
     if old and {key: old.get(key) for key in protocol} != protocol:
         raise stage.UserError(
             f"{config.out} holds samples made otherwise; delete it or choose another --out"
         )
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and old.get("num_images") != config.num_images:
-        document = {**protocol, "num_images": config.num_images}
-        stage.write_json(note, {**document, "provenance": stage.provenance()})
+    if accelerator.is_main_process and not old:
+        stage.write_json(note, {**protocol, "provenance": stage.provenance()})
 
     files = [config.out / "images" / f"{image:06d}.png" for image in range(config.num_images)]
-    missing = [image for image, file in enumerate(files) if not file.is_file()]
-    if (config.out / "images.tar").is_file() and old.get("num_images") == config.num_images:
-        missing = []
+    done = config.tar and (config.out / "images.tar").is_file()
+    missing = [] if done else [image for image, file in enumerate(files) if not file.is_file()]
+    accelerator.wait_for_everyone()  # all ranks have looked before the first one writes
     mine = missing[rank::world]
     positions = sum(h * w for h, w in priors[0][1]["codes"]["grids"])
     bar = progress_bar(
@@ -231,14 +231,14 @@ def main(config: SamplePrior) -> None:
     accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
-        if missing:
+        if missing or not (config.out / "samples.png").is_file():
             shown = [
                 np.array(Image.open(path)) for path in files[: config.columns * config.columns]
             ]
             grid = np.stack(shown).reshape(len(shown), *shown[0].shape[:2], -1)
             pictures.save_png(pictures.grid(grid, config.columns), config.out / "samples.png", 2)
-            if config.tar:
-                write_tar(config.out, files)
+        if config.tar and not done:
+            write_tar(config.out, files)
         print(f"{config.out}: {config.num_images} images, grid in {config.out / 'samples.png'}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -18,7 +18,6 @@ if not __package__:  # run as a script: import from the checkout, not from pipel
 import hashlib
 import itertools
 import json
-import os
 import time
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -80,7 +79,7 @@ class ShardData:
 
     @property
     def num_workers(self) -> int:
-        return self.workers or len(os.sched_getaffinity(0))
+        return self.workers or stage.num_cpus()
 
 
 def draw_faces(config: ShardData) -> None:
@@ -209,6 +208,8 @@ def main(config: ShardData) -> int:
 
     A second call verifies the shards by their hashes and writes only those that are not whole.
     """
+    if not stage.is_rank_zero():
+        return 0  # it starts its own processes
     if config.source == "faces":
         draw_faces(config)
     start = time.monotonic()

@@ -23,6 +23,8 @@ import jsonargparse
 
 Config = TypeVar("Config")
 
+SWITCHES = ("dry_run", "flip", "tar", "cache")  # flags that may stand without a value
+
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_REQUEUE = 0, 1, 2, 85
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -39,6 +41,13 @@ class Requeue(Exception):
 def is_rank_zero() -> bool:
     """True in the one process that prints and writes; launchers set RANK for all processes."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def num_cpus() -> int:
+    """CPUs this process may use (macOS does not say; there it is all of them)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def make_parser(config_type: type, description: str | None = None) -> jsonargparse.ArgumentParser:
@@ -70,11 +79,26 @@ def parse(
     """Builds the config from the command line; raises UserError for what does not fit."""
     parser = make_parser(config_type, description)
     try:
-        values = parser.instantiate(parser.parse_args(arguments))
+        words = _normal_flags(sys.argv[1:] if arguments is None else arguments)
+        values = parser.instantiate(parser.parse_args(words))
         values.pop("config", None)
         return config_type(**vars(values))
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise UserError(f"{' '.join(str(error).split())} (see --help)") from error
+
+
+def _normal_flags(words: Sequence[str]) -> list[str]:
+    """`--dry-run` -> `--dry_run=true`: dashes in names, and flags without a value, as people type
+    them."""
+    normal = []
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            word = "--" + name[2:].replace("-", "_") + equals + value
+            if not equals and following.startswith("--") and name[2:].replace("-", "_") in SWITCHES:
+                word += "=true"
+        normal.append(word)
+    return normal
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -124,8 +148,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_status(out: Path | None, state: str, exit_code: int, reason: str, seen: int = 0) -> None:
-    """Launchers turn every failure into exit code 1, so rank 0 leaves the truth in a file."""
-    if out is None or not is_rank_zero():
+    """Launchers turn every failure into exit code 1, so the truth is left in a file."""
+    if out is None:
         return
     status = {"state": state, "exit_code": exit_code, "reason": reason, "images_seen": seen}
     try:
@@ -144,15 +168,23 @@ def run(
     out: Path | None = None
     try:
         config = parse(config_type, description=doc)
-        out = getattr(config, "out", None)
+        if not getattr(config, "dry_run", False):  # a dry run writes nothing
+            out = getattr(config, "out", None)
+        if out is not None and is_rank_zero():
+            (out / "status.json").unlink(missing_ok=True)  # of an earlier run
         seen = main(config) or 0
-        write_status(out, "done", EXIT_DONE, "", seen)
+        if is_rank_zero():
+            write_status(out, "done", EXIT_DONE, "", seen)
         code = EXIT_DONE
     except UserError as error:
-        code = EXIT_USER_ERROR
-        write_status(out, "failed", code, str(error))
-        if is_rank_zero():
-            print(f"error: {error}", file=sys.stderr)
+        code, name = EXIT_USER_ERROR, ""
+        if not is_rank_zero():
+            # An error of all ranks is told by rank 0, whose launcher then ends this process; one
+            # that only this rank has would otherwise be told by nobody.
+            time.sleep(5)
+            name = f" on rank {os.environ['RANK']}"
+        write_status(out, "failed", code, f"{error}{name}")
+        print(f"error: {error}{name}", file=sys.stderr)
     except Requeue as error:
         code = EXIT_REQUEUE
         write_status(out, "requeue", code, str(error))

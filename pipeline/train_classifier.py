@@ -29,10 +29,9 @@ from pipeline.models.classifier import Classifier, ClassifierConfig, loss
 from pipeline.training import distributed
 from pipeline.training.checkpoint import (
     Checkpoints,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    refuse_changed_config,
+    restore_training,
     save_model,
+    training_tensors,
 )
 from pipeline.training.schedule import is_due, learning_rate
 from pipeline.training.tracking import MeanMetrics, Tracker
@@ -139,29 +138,27 @@ def main(config: TrainClassifier) -> int:
     checkpoints, images_seen = Checkpoints(config.out), 0
     resolved = stage.to_dict(config)
     if checkpoint := checkpoints.newest():
-        refuse_changed_config(checkpoint.state["config"], resolved, config.out)
-        model.load_state_dict(checkpoint.tensors("model"))
-        average.model.load_state_dict(checkpoint.tensors("average"))
-        load_optimizer_tensors(adam, model, checkpoint.tensors("optimizer"))
-        images_seen = checkpoint.images_seen
+        images_seen = restore_training(
+            checkpoint, resolved, train.index.sha256, model, average.model, adam
+        )
     trained, optimizer = accelerator.prepare(model, adam)
     accelerator.wait_for_everyone()
 
     def save() -> None:
         if accelerator.is_main_process:
-            tensors = {
-                "model": model.state_dict(),
-                "average": average.model.state_dict(),
-                "optimizer": optimizer_tensors(adam, model),
+            state = {
+                "config": resolved,
+                "data_sha256": train.index.sha256,
+                **stage.provenance(),
             }
-            checkpoints.save(images_seen, tensors, {"config": resolved, **stage.provenance()})
+            checkpoints.save(images_seen, training_tensors(model, average.model, adam), state)
         accelerator.wait_for_everyone()
 
     def validate():
         logits = predict(average.model, valid, accelerator)
         return judge.figures(logits, judge.targets_of(valid, task), task)
 
-    if images_seen == 0:
+    if checkpoint is None:
         save()  # the untrained state, so that an early death loses nothing
     if accelerator.is_main_process:
         where = f"resuming at {images_seen:,} images" if images_seen else "starting anew"
@@ -195,6 +192,7 @@ def main(config: TrainClassifier) -> int:
         total = loss(trained(images), batch["targets"].to(device), task.kind)
         optimizer.zero_grad()
         accelerator.backward(total)
+        distributed.check_finite(accelerator.clip_grad_norm_(model.parameters(), np.inf))
         optimizer.step()
         before, images_seen = images_seen, images_seen + config.batch_size
         average.update(model, config.batch_size, images_seen)
@@ -204,22 +202,21 @@ def main(config: TrainClassifier) -> int:
         # Report, validate, save.
         ends = images_seen >= config.total_images
         saves = ends or is_due(config.save_every, before, images_seen)
-        if saves or is_due(config.log_every, before, images_seen):
+        logs = saves or is_due(config.log_every, before, images_seen)
+        validates = not ends and is_due(config.validate_every, before, images_seen)
+        if logs:
             values = means.values(world)
-            if not np.isfinite(values["classifier/train_loss"]):
-                raise stage.UserError(
-                    f"training diverged: the loss is not finite at {images_seen} images; lower "
-                    f"--learning_rate; {checkpoints.root} has the last good state"
-                )
             values["schedule/learning_rate"] = rate
             if tracker.enabled:
                 values["throughput/images_per_sec"] = tracker.images_per_sec(images_seen)
             tracker.log(images_seen, values)
             tracker.show(loss=values["classifier/train_loss"])
-        if not ends and is_due(config.validate_every, before, images_seen):
+        if validates:
             tracker.log(images_seen, validate()[0])
         if saves:
             save()
+        if logs or validates:
+            tracker.restart_clock(images_seen)
 
     validation, per_output = validate()
     tracker.log(images_seen, validation)

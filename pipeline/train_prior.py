@@ -21,6 +21,7 @@ from typing import Literal
 if not __package__:  # run as a script: import from the checkout, not from pipeline/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -31,10 +32,9 @@ from pipeline.models.pixelcnn import PixelCNN, PixelCNNConfig
 from pipeline.training import distributed
 from pipeline.training.checkpoint import (
     Checkpoints,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    refuse_changed_config,
+    restore_training,
     save_model,
+    training_tensors,
 )
 from pipeline.training.dry_run import report_dry_run
 from pipeline.training.schedule import Schedule, is_due, learning_rate
@@ -123,20 +123,32 @@ def model_inputs(batch: dict[str, torch.Tensor], level: int, device: torch.devic
     }
 
 
-def hide_some_conditions(inputs: dict, generator: torch.Generator) -> dict:
+def hide_some_conditions(
+    inputs: dict, seed: int, images_seen: int, batch_size: int, part: slice
+) -> dict:
     """Makes parts of the condition unknown, so that any part of it can be given in sampling.
 
     Of each image's attributes a uniformly random share is hidden; a class with probability 0.1.
+    Drawn for the whole global batch of `batch_size` at `images_seen`, of which this rank has
+    `part`, so that it does not depend on the number of ranks.
     """
     labels, attributes = inputs["labels"], inputs["attributes"]
-    share = torch.rand(len(attributes), 1, generator=generator)
-    hidden = torch.rand(attributes.shape, generator=generator) < share
-    no_class = torch.rand(len(labels), generator=generator) < 0.1
+    generator = np.random.Generator(np.random.Philox(key=[seed, images_seen]))
+    share = generator.random((batch_size, 1))
+    hidden = (generator.random((batch_size, attributes.shape[1])) < share)[part]
+    no_class = (generator.random(batch_size) < 0.1)[part]
     return {
         **inputs,
-        "attributes": attributes.masked_fill(hidden.to(attributes.device), 0),
-        "labels": labels.masked_fill(no_class.to(labels.device), -1),
+        "attributes": attributes.masked_fill(torch.from_numpy(hidden).to(attributes.device), 0),
+        "labels": labels.masked_fill(torch.from_numpy(no_class).to(labels.device), -1),
     }
+
+
+def dropout_seed(seed: int, images_seen: int, rank: int) -> int:
+    """The seed of one step's dropout on one rank, in [0, 2^63)."""
+    return (
+        int(np.random.SeedSequence([seed, images_seen, rank]).generate_state(1, np.uint64)[0]) // 2
+    )
 
 
 @torch.no_grad()
@@ -165,6 +177,7 @@ def train_step(model, optimizer, inputs: dict, clip: float, accelerator: Acceler
     optimizer.zero_grad()
     accelerator.backward(nats)
     norm = accelerator.clip_grad_norm_(model.parameters(), clip)
+    distributed.check_finite(norm)
     optimizer.step()
     return {"prior/train_nats_per_code": nats.detach(), "gradient/norm": norm}
 
@@ -197,37 +210,26 @@ def main(config: TrainPrior) -> int:
 
     # Resume from the newest checkpoint that verifies.
     checkpoints, images_seen, best = Checkpoints(config.out), 0, math.inf
-    resolved = stage.to_dict(config)
+    resolved = stage.to_dict(config) | {"level": level}  # a number, not an alias
     if checkpoint := checkpoints.newest():
-        refuse_changed_config(checkpoint.state["config"], resolved, config.out)
-        if checkpoint.state["codes"] != train.index.codes:
-            raise stage.UserError(
-                f"{config.codes} holds other codes than {config.out} was trained on; "
-                "choose another --out"
-            )
-        model.load_state_dict(checkpoint.tensors("model"))
-        average.model.load_state_dict(checkpoint.tensors("average"))
-        load_optimizer_tensors(adam, model, checkpoint.tensors("optimizer"))
-        images_seen, best = checkpoint.images_seen, checkpoint.state["best"] or math.inf
+        images_seen = restore_training(
+            checkpoint, resolved, train.index.sha256, model, average.model, adam
+        )
+        best = checkpoint.state["best"] or math.inf
     accelerator.wait_for_everyone()
 
     def save() -> None:
         if accelerator.is_main_process:
-            tensors = {
-                "model": model.state_dict(),
-                "average": average.model.state_dict(),
-                "optimizer": optimizer_tensors(adam, model),
-            }
             state = {
                 "config": resolved,
-                "codes": train.index.codes,
+                "data_sha256": train.index.sha256,
                 "best": best if math.isfinite(best) else None,
                 **stage.provenance(),
             }
-            checkpoints.save(images_seen, tensors, state)
+            checkpoints.save(images_seen, training_tensors(model, average.model, adam), state)
         accelerator.wait_for_everyone()
 
-    if images_seen == 0:
+    if checkpoint is None:
         save()  # the untrained state, so that an early death loses nothing
     if accelerator.is_main_process:
         where = f"resuming at {images_seen:,} images" if images_seen else "starting anew"
@@ -240,7 +242,7 @@ def main(config: TrainPrior) -> int:
         train.fetch, len(train), batch_size=config.batch_size, seed=config.seed,
         start=images_seen, rank=rank, world_size=world, workers=config.workers,
     )  # fmt: skip
-    means = MeanMetrics()
+    part, means = distributed.rank_slice(config.batch_size, rank, world), MeanMetrics()
     trained.train()
     while images_seen < config.total_images:
         # Step. Randomness is keyed by position, so a resumed run needs no generator's state.
@@ -250,10 +252,9 @@ def main(config: TrainPrior) -> int:
         )  # fmt: skip
         for group in optimizer.param_groups:
             group["lr"] = rate
-        key = hash((config.seed, images_seen, rank)) % 2**63
-        torch.manual_seed(key)
+        torch.manual_seed(dropout_seed(config.seed, images_seen, rank))
         inputs = model_inputs(next(batches), level, device)
-        inputs = hide_some_conditions(inputs, torch.Generator().manual_seed(key))
+        inputs = hide_some_conditions(inputs, config.seed, images_seen, config.batch_size, part)
         metrics = train_step(trained, optimizer, inputs, config.gradient_clip, accelerator)
         before, images_seen = images_seen, images_seen + config.batch_size
         average.update(model, config.batch_size, images_seen)
@@ -263,19 +264,16 @@ def main(config: TrainPrior) -> int:
         # Report, validate, save.
         ends = images_seen >= config.total_images
         saves = ends or is_due(config.save_every, before, images_seen)
-        if saves or is_due(config.log_every, before, images_seen):
+        logs = saves or is_due(config.log_every, before, images_seen)
+        validates = ends or is_due(config.validate_every, before, images_seen)
+        if logs:
             values = means.values(world)
-            if not math.isfinite(values["prior/train_nats_per_code"]):
-                raise stage.UserError(
-                    f"training diverged at {images_seen} images; lower --learning_rate; "
-                    f"{checkpoints.root} has the last good state"
-                )
             values["schedule/learning_rate"] = rate
             if tracker.enabled:
                 values["throughput/images_per_sec"] = tracker.images_per_sec(images_seen)
             tracker.log(images_seen, values)
             tracker.show(nats=values["prior/train_nats_per_code"], best=best)
-        if ends or is_due(config.validate_every, before, images_seen):
+        if validates:
             nats = nats_per_code(average.model, valid, level, config.batch_size, accelerator)
             tracker.log(images_seen, {"prior/validation_nats_per_code": nats})
             if nats < best:
@@ -299,6 +297,8 @@ def main(config: TrainPrior) -> int:
                     save_model(config.out, "pixelcnn", average.model, about)
         if saves:
             save()
+        if logs or validates:
+            tracker.restart_clock(images_seen)
 
     tracker.close()
     if accelerator.is_main_process:

@@ -31,10 +31,9 @@ from pipeline.models.vqvae import VQVAE, VQVAEConfig, loss
 from pipeline.training import distributed
 from pipeline.training.checkpoint import (
     Checkpoints,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    refuse_changed_config,
+    restore_training,
     save_model,
+    training_tensors,
 )
 from pipeline.training.dry_run import report_dry_run
 from pipeline.training.schedule import Schedule, is_due, learning_rate
@@ -141,6 +140,7 @@ def train_step(model, optimizer, images, config: TrainVQVAE, variance: float, ac
     optimizer.zero_grad()
     accelerator.backward(total)
     norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
+    distributed.check_finite(norm)
     optimizer.step()
     commit(
         distributed.unwrap(accelerator, model).quantizers,
@@ -205,24 +205,22 @@ def main(config: TrainVQVAE) -> int:
     checkpoints, images_seen = Checkpoints(config.out), 0
     resolved = stage.to_dict(config)
     if checkpoint := checkpoints.newest():
-        refuse_changed_config(checkpoint.state["config"], resolved, config.out)
-        model.load_state_dict(checkpoint.tensors("model"))
-        average.model.load_state_dict(checkpoint.tensors("average"))
-        load_optimizer_tensors(adam, model, checkpoint.tensors("optimizer"))
-        images_seen = checkpoint.images_seen
+        images_seen = restore_training(
+            checkpoint, resolved, train.index.sha256, model, average.model, adam
+        )
     accelerator.wait_for_everyone()
 
     def save() -> None:
         if accelerator.is_main_process:
-            tensors = {
-                "model": model.state_dict(),
-                "average": average.model.state_dict(),
-                "optimizer": optimizer_tensors(adam, model),
+            state = {
+                "config": resolved,
+                "data_sha256": train.index.sha256,
+                **stage.provenance(),
             }
-            checkpoints.save(images_seen, tensors, {"config": resolved, **stage.provenance()})
+            checkpoints.save(images_seen, training_tensors(model, average.model, adam), state)
         accelerator.wait_for_everyone()
 
-    if images_seen == 0:
+    if checkpoint is None:
         save()  # the untrained state, so that an early death loses nothing
     if accelerator.is_main_process:
         where = f"resuming at {images_seen:,} images" if images_seen else "starting anew"
@@ -258,19 +256,16 @@ def main(config: TrainVQVAE) -> int:
         # Report, validate, save.
         ends = images_seen >= config.total_images
         saves = ends or is_due(config.save_every, before, images_seen)
-        if saves or is_due(config.log_every, before, images_seen):
+        logs = saves or is_due(config.log_every, before, images_seen)
+        validates = ends or is_due(config.validate_every, before, images_seen)
+        if logs:
             values = means.values(world) | codebook_metrics(counts)
-            if not torch.isfinite(torch.tensor(values["loss/total"])):
-                raise stage.UserError(
-                    f"training diverged: the loss is {values['loss/total']} at {images_seen} "
-                    f"images; lower --learning_rate; {checkpoints.root} has the last good state"
-                )
             values["schedule/learning_rate"] = rate
             if tracker.enabled:
                 values["throughput/images_per_sec"] = tracker.images_per_sec(images_seen)
             tracker.log(images_seen, values)
             tracker.show(mse=values["loss/reconstruction"], loss=values["loss/total"])
-        if ends or is_due(config.validate_every, before, images_seen):
+        if validates:
             validation = validate(average.model, valid, config.batch_size, accelerator)
             tracker.log(images_seen, validation)
             if tracker.enabled:
@@ -279,6 +274,8 @@ def main(config: TrainVQVAE) -> int:
                 pictures.save_png(grid, config.out / "reconstructions.png", scale=2)
         if saves:
             save()
+        if logs or validates:
+            tracker.restart_clock(images_seen)
 
     tracker.close()
     if not validation:  # an earlier run reached the end, but not this line

@@ -12,7 +12,7 @@ from pipeline import stage
 from pipeline.models.pixelcnn import PixelCNN
 from pipeline.models.vqvae import VQVAE
 from pipeline.stage import UserError
-from pipeline.train_prior import TrainPrior, level_number
+from pipeline.train_prior import level_number
 from pipeline.train_vqvae import TrainVQVAE
 
 CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml") if path.parent.name != "accelerate")
@@ -96,7 +96,7 @@ def test_user_errors_are_one_line_that_names_the_key(arguments, message):
 
 
 def test_unknown_keys_and_python_objects_in_yaml_are_refused(tmp_path):
-    for text, message in (("modell: 3", "modell"), ("seed: !!python/object:os.system {}", "")):
+    for text, message in (("modell: 3", "modell"), ("seed: !!python/object:os.system {}", "tag")):
         path = tmp_path / "bad.yaml"
         path.write_text(text)
         with pytest.raises(UserError, match=message):

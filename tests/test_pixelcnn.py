@@ -11,13 +11,24 @@ from pipeline import stage
 from pipeline.models.pixelcnn import PixelCNN, PixelCNNConfig, UpwardConv
 from pipeline.models.sampling import gumbel_noise, sample_codes
 from pipeline.train_prior import TrainPrior
+from pipeline.train_vqvae import TrainVQVAE
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*/train_prior_level*.yaml"))
 
 
 def prior_config(path: Path) -> PixelCNNConfig:
-    arguments = ["--config", str(path), "--codes", "x", "--out", "y"]
-    return stage.parse(TrainPrior, arguments).model
+    """The model of a prior's YAML on the codes of the VQ-VAE beside it, with its condition."""
+    prior = stage.parse(TrainPrior, ["--config", str(path), "--codes", "x", "--out", "y"])
+    beside = path.parent / "train_vqvae.yaml"
+    vqvae = stage.parse(TrainVQVAE, ["--config", str(beside), "--data", "x", "--out", "y"])
+    level, sizes = int(path.stem[-1]), vqvae.model.codebook_sizes
+    return dataclasses.replace(
+        prior.model,
+        codebook_size=sizes[level],
+        coarser_codebook_sizes=sizes[:level],
+        num_attributes=40 if prior.condition == "attributes" else 0,
+        num_classes=10 if prior.condition == "class" else 0,
+    )
 
 
 def dependencies(model: PixelCNN, size: int, coarser=None) -> torch.Tensor:
@@ -44,17 +55,11 @@ def allowed(size: int, slope: int) -> torch.Tensor:
     return (t[None, None] < t[:, :, None, None]) & (i[None, None] <= i[:, :, None, None])
 
 
-def cut(config: PixelCNNConfig, **changes) -> PixelCNNConfig:
-    """The config with its width cut to 8 and a small alphabet; all else unchanged."""
-    return dataclasses.replace(config, channels=8, codebook_size=11, **changes)
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_config_is_causal_in_raster_and_wavefront_order(path):
     config = prior_config(path)
-    levels = (7,) * int("level1" in path.stem)
-    model = PixelCNN(cut(config, coarser_codebook_sizes=levels)).double().eval()
-    coarser = [torch.randint(7, (4, 4, 4)) for _ in levels]
+    model = PixelCNN(dataclasses.replace(config, channels=8)).double().eval()
+    coarser = [torch.randint(size, (4, 4, 4)) for size in config.coarser_codebook_sizes]
     found, may = dependencies(model, 8, coarser), allowed(8, config.slope)
     assert not (found & ~may).any()
     # and it sees what a prior needs: the whole row to its left and its neighbours above
@@ -84,8 +89,8 @@ def test_a_wrong_mask_is_caught(fault, monkeypatch):
 
 
 def test_paper_size_priors_can_be_built():
-    for level, path in enumerate(sorted(p for p in CONFIGS if p.parent.name == "celeba256")):
-        config = dataclasses.replace(prior_config(path), coarser_codebook_sizes=(512,) * level)
+    for path in (path for path in CONFIGS if path.parent.name == "celeba256"):
+        config = prior_config(path)
         with torch.device("meta"):
             model = PixelCNN(config)
         assert sum(p.numel() for p in model.parameters()) > 10_000_000

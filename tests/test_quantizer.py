@@ -181,6 +181,34 @@ def test_statistics_do_not_depend_on_the_number_of_ranks(world_size):
         torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_one_flat_all_reduce_for_all_levels():
+    """Two ranks that see the same batch: their sum is twice the statistics, so the same codes."""
+    calls = []
+
+    def all_reduce(flat):
+        calls.append(flat.shape)
+        flat *= 2
+
+    def trained(reduce):
+        torch.manual_seed(2)
+        levels = [make(size=8), make(size=5, dim=3)]
+        torch.manual_seed(3)
+        for level in levels:
+            level.train()(torch.randn(2, level.codebook.shape[1], 3, 3))
+        # decay 0.9^(2/128) per step; with twice the statistics the codes still are their means
+        commit(levels, batch_size=2, all_reduce=reduce)
+        return levels
+
+    alone, summed = trained(None), trained(all_reduce)
+    assert calls == [(8 + 8 * 4 + 8 * 4 + 5 + 5 * 3 + 5 * 3,)]
+    for one, two in zip(alone, summed, strict=True):
+        weight = 1 - one.decay ** (2 / 128)
+        gained_one = one.counts - (1 - weight)
+        gained_two = two.counts - (1 - weight)
+        torch.testing.assert_close(gained_two, 2 * gained_one)
+        assert one.sums.shape == two.sums.shape and not torch.equal(one.sums, two.sums)
+
+
 def test_an_island_of_fp32_under_autocast():
     quantizer = make().train()
     with torch.autocast("cpu", torch.bfloat16):

@@ -81,6 +81,12 @@ def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path):
     assert set(lines[0]) == {"images_seen", "time", "loss/total"}
 
 
+def test_a_torn_line_is_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"images_seen": 5, "time": 1.0}\n{"images_se')
+    Tracker(tmp_path, "x", 100, images_seen=20).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"images_seen": 5, "time": 1.0}\n'
+
+
 def test_other_ranks_write_nothing(tmp_path):
     tracker = Tracker(tmp_path / "run", "x", 100, enabled=False)
     tracker.log(1, {"loss/total": 1.0})

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from pipeline.data.index import Index, read_index
 from pipeline.data.shards import ShardReader
-from pipeline.stage import UserError, write_json
+from pipeline.stage import UserError, num_cpus, write_json
 
 RECIPE_VERSION = 1  # to be raised with every change that alters a pixel
 IMAGE_EXTENSIONS = {"JPEG": "jpg", "PNG": "png"}  # what shards hold
@@ -260,7 +260,7 @@ def open_images(
     index = read_index(root)
     recipe = recipe_for(index.source, size)
     shards = index.shards(split)
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or num_cpus()
 
     def streamed() -> tuple[_StreamedPixels, dict[str, np.ndarray]]:
         readers = [ShardReader(root / shard.name, shard) for shard in shards]

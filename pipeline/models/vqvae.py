@@ -79,9 +79,7 @@ class VQVAEConfig:
         grids = []
         for ratio in reversed(self.ratios):
             if height % ratio or width % ratio:
-                raise ValueError(
-                    f"image_size must be divisible by the product of {self.ratios}"
-                )
+                raise ValueError(f"image_size must be divisible by the product of {self.ratios}")
             height, width = height // ratio, width // ratio
             grids.append((height, width))
         return grids[::-1]

@@ -32,7 +32,7 @@ Tensors = Mapping[str, torch.Tensor]
 # step. Everything else is refused by name.
 CHANGEABLE = frozenset(
     {"out", "data", "codes", "total_images", "workers", "cache", "dry_run"}
-    | {"log_every", "validate_every", "save_every", "validation_images"}
+    | {"log_every", "validate_every", "save_every"}
 )
 
 
@@ -62,9 +62,9 @@ def _fsync(path: Path) -> None:
 
 
 def write_directory(path: Path, tensors: Mapping[str, Tensors], documents: Mapping[str, Any]):
-    """Commits `<name>.safetensors` and `<name>.json` files as one directory, all or nothing.
-
-    An existing directory of that name is moved aside first and removed after the commit.
+    """Commits `<name>.safetensors` and `<name>.json` files as one directory: under its name it is
+    whole or not there. An existing directory of that name is moved aside just before, and removed
+    after the commit.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
@@ -195,6 +195,37 @@ def _like(parameter: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     if moment.shape != parameter.shape:
         return moment
     return torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
+
+
+def training_tensors(model: nn.Module, average: nn.Module, optimizer: Any) -> dict[str, Tensors]:
+    """All tensors of a training run, by file, as `Checkpoints.save` takes them."""
+    return {
+        "model": model.state_dict(),
+        "average": average.state_dict(),
+        "optimizer": optimizer_tensors(optimizer, model),
+    }
+
+
+def restore_training(
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    data_sha256: str,
+    model: nn.Module,
+    average: nn.Module,
+    optimizer: Any,
+) -> int:
+    """Puts a checkpoint back into a run; returns its images seen.
+
+    Raises UserError naming what differs, if the run's config or data are not the checkpoint's.
+    """
+    out = checkpoint.path.parents[1]
+    refuse_changed_config(checkpoint.state["config"], config, out)
+    if checkpoint.state["data_sha256"] != data_sha256:
+        raise UserError(f"{out} was trained on other data; use those, or another --out")
+    model.load_state_dict(checkpoint.tensors("model"))
+    average.load_state_dict(checkpoint.tensors("average"))
+    load_optimizer_tensors(optimizer, model, checkpoint.tensors("optimizer"))
+    return checkpoint.images_seen
 
 
 def save_model(out: Path, kind: str, model: nn.Module, about: dict[str, Any]) -> str:

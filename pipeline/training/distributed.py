@@ -1,5 +1,6 @@
 """Processes and devices: one Accelerator, made in one place, and a few collective helpers."""
 
+import math
 import os
 from datetime import timedelta
 from typing import Any
@@ -41,6 +42,18 @@ def all_reduce_sum(tensor: torch.Tensor) -> None:
     """Sums a tensor over all processes in place; nothing to do with one process."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor)
+
+
+def check_finite(gradient_norm: torch.Tensor | float | None) -> None:
+    """Raises UserError on every rank, before anything is updated, if a gradient is not finite.
+
+    The norm is that of the averaged gradients, so all ranks see the same one.
+    """
+    if gradient_norm is not None and not math.isfinite(float(gradient_norm)):
+        raise UserError(
+            "training diverged: the gradient is not finite; lower --learning_rate and start again, "
+            "the newest checkpoint has the last good state"
+        )
 
 
 def rank_slice(count: int, rank: int, world_size: int) -> slice:

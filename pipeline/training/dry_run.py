@@ -1,6 +1,7 @@
 """What a training run will cost, from ten real steps, before anyone waits for it."""
 
 import resource
+import sys
 import time
 from collections.abc import Callable
 
@@ -30,7 +31,8 @@ def report_dry_run(
         torch.cuda.synchronize()
         memory = torch.cuda.max_memory_allocated()
     else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     seconds = (time.perf_counter() - start) / 10
     rate = batch_size / seconds
     # a checkpoint holds the weights, their average and Adam's two moments

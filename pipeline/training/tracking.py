@@ -5,6 +5,7 @@ is judge, inception (the published weights only) or 8 hex digits of other weight
 """
 
 import json
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -89,23 +90,26 @@ class Tracker:
     ):
         self.enabled = enabled
         self.bar = progress_bar(total_images, description, images_seen, disable=not enabled)
+        self.restart_clock(images_seen)
         if not enabled:
             return
         self.path = out / "metrics.jsonl"
         out.mkdir(parents=True, exist_ok=True)
         _keep_lines_up_to(self.path, images_seen)
         self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=images_seen + 1)
-        self._last = (time.perf_counter(), images_seen)
 
     def advance(self, num_images: int) -> None:
         """Moves the progress bar."""
         self.bar.update(num_images)
 
     def images_per_sec(self, images_seen: int) -> float:
-        """Throughput since the last call."""
-        now, (then, before) = time.perf_counter(), self._last
-        self._last = (now, images_seen)
-        return (images_seen - before) / max(now - then, 1e-9)
+        """Throughput of the training steps since `restart_clock`."""
+        then, before = self._last
+        return (images_seen - before) / max(time.perf_counter() - then, 1e-9)
+
+    def restart_clock(self, images_seen: int) -> None:
+        """Leaves what was done until now (validation, a checkpoint) out of the throughput."""
+        self._last = (time.perf_counter(), images_seen)
 
     def log(self, images_seen: int, values: Mapping[str, float]) -> None:
         """Writes scalars to metrics.jsonl and TensorBoard."""
@@ -157,6 +161,10 @@ class MeanMetrics:
 def _keep_lines_up_to(path: Path, images_seen: int) -> None:
     """A resumed run repeats what came after its checkpoint: drop those lines."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.strip()]
-        kept = [line for line in lines if json.loads(line)["images_seen"] <= images_seen]
-        path.write_text("".join(kept))
+        lines = path.read_text().splitlines(keepends=True)
+        # a line without its end was torn by whatever ended the run
+        whole = [line for line in lines if line.endswith("\n") and line.strip()]
+        kept = [line for line in whole if json.loads(line)["images_seen"] <= images_seen]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
