@@ -31,6 +31,7 @@ __all__ = [
     "read_index",
     "read_table",
     "stream_shard",
+    "sync",
     "valid_key",
     "verify_shard",
     "write_index",
@@ -133,7 +134,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
     finally:
         temporary.unlink(missing_ok=True)
         temporary_table.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    sync(path.parent)
     return ShardInfo(
         name=path.name,
         num_samples=num_samples,
@@ -148,8 +149,8 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def sync_directory(path: Path) -> None:
-    """Makes renames in a directory survive a power cut."""
+def sync(path: Path) -> None:
+    """Makes a file, or the renames in a directory, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

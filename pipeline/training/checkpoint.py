@@ -9,9 +9,7 @@ many processes trained.
 """
 
 import dataclasses
-import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -22,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from pipeline.data.shards import file_sha256, sync
 from pipeline.models import MODELS
 from pipeline.stage import UserError
 
@@ -48,19 +47,6 @@ class Checkpoint(NamedTuple):
         return load_file(self.path / f"{name}.safetensors")
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_directory(path: Path, tensors: Mapping[str, Tensors], documents: Mapping[str, Any]):
     """Commits `<name>.safetensors` and `<name>.json` files as one directory: under its name it is
     whole or not there. An existing directory of that name is moved aside just before, and removed
@@ -76,15 +62,15 @@ def write_directory(path: Path, tensors: Mapping[str, Tensors], documents: Mappi
         for name, document in documents.items():
             (temporary / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
         files = sorted(temporary.iterdir())
-        manifest = {f.name: {"bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in files}
+        manifest = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in files}
         (temporary / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1) + "\n")
         for file in [*files, temporary / MANIFEST, temporary]:
-            _fsync(file)
+            sync(file)
         trash = path.with_name(f".trash-{path.name}-{uuid.uuid4().hex[:8]}")
         if path.exists():
             path.rename(trash)
         temporary.rename(path)
-        _fsync(path.parent)
+        sync(path.parent)
         shutil.rmtree(trash, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -98,7 +84,7 @@ def fault_of(path: Path) -> str | None:
             file = path / Path(name).name
             if file.stat().st_size != entry["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}"
-            if sha256_of(file) != entry["sha256"]:
+            if file_sha256(file) != entry["sha256"]:
                 return f"{name} does not match its SHA-256"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
