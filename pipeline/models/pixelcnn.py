@@ -166,6 +166,8 @@ class PixelCNN(nn.Module):
         self.coarser = ConditionNetwork(config) if config.coarser_codebook_sizes else None
         self.classes = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
         self.attributes = nn.Linear(config.num_attributes, width) if config.num_attributes else None
+        if self.attributes is not None:
+            nn.init.normal_(self.attributes.weight)  # as loud as an embedding, or it learns slowly
 
     @property
     def slope(self) -> int:
