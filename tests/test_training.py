@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -134,7 +137,7 @@ def test_a_batch_that_does_not_divide_is_an_error_of_one_line(face_shards, tmp_p
 
 LAUNCHES = {
     "python": (),
-    "python -m": ("-m",),
+    "python -m": None,  # started by run_stage_as_module
     "accelerate, one process": (
         "-m", "accelerate.commands.launch", f"--config_file={ROOT}/configs/accelerate/cpu1.yaml"),
     "accelerate, two processes": (
@@ -156,10 +159,6 @@ def test_every_launch_form_from_another_directory(form, face_shards, tmp_path):
 
 
 def run_stage_as_module(flags, cwd):
-    import os
-    import subprocess
-    import sys
-
     command = [sys.executable, "-m", "pipeline.train_vqvae", *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
