@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from kernels import codebook_sums, nearest_code, reference
 from pipeline.models.quantizer import EMAQuantizer, Statistics, commit, usage
 
 
@@ -11,42 +10,6 @@ def make(size=8, dim=4, decay=0.9, revival=0.0, dtype=torch.float32):
     quantizer = EMAQuantizer(size, dim, decay, revival).to(dtype)
     quantizer.commits += 1  # as after the first commit, which sets the codebook to latents
     return quantizer
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (130, 5), (5000, 17)])
-@pytest.mark.parametrize("size", [1, 2, 33])
-def test_nearest_code_is_nearest(shape, size):
-    latents, codebook = torch.randn(shape), torch.randn(size, shape[1])
-    codes = nearest_code(latents, codebook)
-    distances = torch.cdist(latents.double(), codebook.double())
-    chosen = distances.gather(1, codes[:, None])[:, 0]
-    # distances and not indices: codes at equal distance up to rounding may be exchanged
-    assert (chosen - distances.min(1).values).max() < 1e-6
-    assert codes.dtype == torch.int64
-
-
-def test_nearest_code_equals_the_reference_on_integers_and_takes_the_lowest_of_ties():
-    latents = torch.randint(-3, 4, (500, 3)).float()
-    codebook = torch.randint(-3, 4, (40, 3)).float()
-    assert torch.equal(nearest_code(latents, codebook), reference.nearest_code(latents, codebook))
-    assert nearest_code(torch.zeros(2, 3), torch.ones(5, 3)).tolist() == [0, 0]
-
-
-def test_nearest_code_takes_any_leading_shape_and_strides():
-    latents = torch.randn(2, 4, 5, 6)  # (B, D, H, W): the last dimension of the view is strided
-    codes = nearest_code(latents.movedim(1, -1), torch.randn(9, 4))
-    assert codes.shape == (2, 5, 6)
-    with pytest.raises(ValueError, match="4 dimensions, the codebook 3"):
-        nearest_code(torch.zeros(1, 4), torch.zeros(2, 3))
-
-
-def test_codebook_sums_against_a_loop():
-    latents, codes = torch.randn(50, 3, dtype=torch.float64), torch.randint(0, 7, (50,))
-    counts, sums = codebook_sums(latents, codes, 9)
-    for code in range(9):
-        rows = latents[codes == code]
-        assert counts[code] == len(rows)
-        torch.testing.assert_close(sums[code], rows.sum(0))
 
 
 def test_straight_through_gradient_is_the_identity():
