@@ -53,6 +53,17 @@ def supports(latents: torch.Tensor, codebook: torch.Tensor) -> bool:
 
 def nearest_code(latents: torch.Tensor, codebook: torch.Tensor, exact: bool) -> torch.Tensor:
     """latents (..., D) and codebook (K, D), fp32, bf16 or fp16 -> (...) int64 in [0, K)."""
+    return _look_up(latents, codebook, exact)[0]
+
+
+def open_rows(latents: torch.Tensor, codebook: torch.Tensor) -> tuple[int, int]:
+    """How many rows the first pass and the second pass could not certify; for benchmarks."""
+    _, state = _look_up(latents, codebook, exact=True)
+    first, second = state[_OPEN.value : _OPEN2.value + 1].tolist()
+    return first, second
+
+
+def _look_up(latents, codebook, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
     size, dim = codebook.shape
     codes = torch.empty(latents.shape[:-1], dtype=torch.int64, device=latents.device)
     count = codes.numel()
@@ -87,7 +98,7 @@ def nearest_code(latents: torch.Tensor, codebook: torch.Tensor, exact: bool) -> 
         BLOCK_K=first["codes"], num_warps=first["warps"], num_stages=first["stages"],
     )  # fmt: skip
     if not exact:
-        return codes
+        return codes, state
 
     open_rows2 = empty(count, dtype=torch.int32)
     _drop_repeats[(triton.cdiv(size, 64),)](
@@ -106,7 +117,7 @@ def nearest_code(latents: torch.Tensor, codebook: torch.Tensor, exact: bool) -> 
         latents, *layout, *codebook_args[:3], *splits, D=dim, BLOCK_K=128, enable_fp_fusion=False
     )
     _join_splits[(programs,)](*splits, BLOCK_K=128, PROGRAMS=programs)
-    return codes
+    return codes, state
 
 
 def _programs(device: torch.device) -> int:

@@ -1,0 +1,224 @@
+"""Tiles of the nearest-code kernels: renews kernels/nearest_code_blocks.json on the GPU at hand.
+
+    python benchmarks/tune_nearest_code.py
+    python benchmarks/tune_nearest_code.py --dims 64 256
+    python benchmarks/tune_nearest_code.py --check --json runs/bench/nearest_code-kernels.json
+
+For each padded dimension it times a short list of tiles for the first and for the second pass, and
+keeps the fastest whose kernels fit. --check tells of the table as it is whether they do, and needs
+no GPU: compiled for sm_80 and sm_90, no kernel may spill registers to the stack, or take more shared
+memory than a program has on the smaller GPUs of that generation (sm_86, sm_89).
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import triton
+from measure import CudaTimer, print_table, take_turns, write_json
+from triton.backends.compiler import GPUTarget
+from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
+
+from kernels import nearest_code_triton, reference
+
+TABLE = Path(nearest_code_triton.__file__).with_name("nearest_code_blocks.json")
+CAPABILITIES = (80, 90)
+MAX_SHARED = 99 * 1024
+SHAPES = {  # D_PAD: N, K
+    16: (262144, 1024),
+    32: (131072, 8192),
+    64: (524288, 512),
+    128: (131072, 1024),
+    256: (65536, 8192),
+    512: (32768, 4096),
+}
+CANDIDATES = {  # rows, codes, warps, stages
+    "first": [
+        (32, 64, 4, 2), (32, 64, 8, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3),
+        (64, 64, 8, 2), (64, 64, 8, 3), (64, 128, 8, 2), (64, 128, 8, 3), (128, 32, 4, 3),
+        (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3),
+    ],
+    "second": [
+        (16, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 2), (32, 64, 8, 1), (32, 64, 8, 2),
+        (32, 128, 8, 2), (64, 32, 4, 2), (64, 64, 8, 1), (64, 64, 8, 2), (64, 64, 8, 3),
+    ],
+}  # fmt: skip
+SAMPLE = 4096  # rows that are compared with the truth
+
+
+class OfflineDriver:
+    """Triton's view of a GPU that is not there."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # what Triton has compiled is kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compile_only(capability: int) -> Iterator[dict]:
+    """Launches compile for such a GPU and run nothing: gives {kernel's name: compiled kernel}."""
+    compiled, launch = {}, JITFunction.run
+
+    def run(self, *arguments, grid, warmup, **options):
+        if "PTX" in options:
+            options["PTX"] = True  # it is off for latents on a CPU
+        kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
+        compiled[self.__name__] = kernel
+
+    triton.runtime.driver.set_active(OfflineDriver(capability))  # pyright: ignore
+    try:
+        with mock.patch.object(JITFunction, "run", run):
+            yield compiled
+    finally:
+        if torch.cuda.is_available():
+            triton.runtime.driver.reset_active()
+
+
+def kernels_of(dim: int) -> Iterator[dict]:
+    """What every kernel takes for latents of dimension `dim`, in the layouts of training."""
+    codebook = torch.randn(512, dim)
+    grids = torch.randn(4, dim, 32, 32).movedim(1, -1)
+    layouts = {"fp32 NCHW": grids, "fp32": grids.contiguous(), "fp16": grids.contiguous().half()}
+    for capability in CAPABILITIES:
+        for layout, latents in layouts.items():
+            for exact in (True, False):
+                with compile_only(capability) as compiled:
+                    nearest_code_triton.nearest_code(latents, codebook, exact)
+                for name, kernel in compiled.items():
+                    case = f"D={dim} sm_{capability} {layout} {'exact' if exact else 'fast'}"
+                    yield {"kernel": name.strip("_"), "case": case} | resources(kernel)
+
+
+def resources(kernel) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    return {
+        "registers": int(found["REG"]),
+        "stack_bytes": int(found["STACK"]),
+        "shared_bytes": kernel.metadata.shared,
+    }
+
+
+def fits(row: dict) -> bool:
+    return row["stack_bytes"] == 0 and row["shared_bytes"] <= MAX_SHARED
+
+
+def check(dims: list[int]) -> tuple[list[dict], list[str]]:
+    """All kernels of the table, and a line for each that does not fit."""
+    rows, errors = [], []
+    for dim in dims:
+        # those that prepare the codebook are the same for all latents
+        found = {str(row): row for row in kernels_of(dim)}.values()
+        print_table(f"D={dim}", list(found), [])
+        rows += found
+        errors += [f"{row['kernel']} does not fit: {row}" for row in found if not fits(row)]
+    return rows, errors
+
+
+def tune(dims: list[int], rounds: int) -> list[dict]:
+    rows = []
+    for dim in dims:
+        count, size = SHAPES[dim]
+        latents = torch.randn(count, dim, device="cuda")
+        codebook = torch.randn(size, dim, device="cuda")
+        rows += tune_pass("first", latents, codebook, rounds)
+        # With every code twice no row is decided by the first pass; the second, before which
+        # repeats are dropped, decides nearly all.
+        rows += tune_pass("second", latents[: count // 4], codebook.repeat(2, 1), rounds)
+        write_table()
+    return rows
+
+
+def tune_pass(name: str, latents, codebook, rounds: int) -> list[dict]:
+    """Puts the fastest tiles that fit into the table; the time is that of the whole look-up."""
+    dim = latents.shape[1]
+    entry = nearest_code_triton._BLOCKS[str(dim)]
+    sample = torch.randperm(len(latents), device="cuda")[:SAMPLE]
+    truth = reference.nearest_code(latents[sample], codebook)
+    pool = torch.cuda.graph_pool_handle()
+    choices, timers, rows = {}, {}, []
+    for candidate in CANDIDATES[name]:
+        blocks = dict(zip(("rows", "codes", "warps", "stages"), candidate, strict=True))
+
+        def call(blocks=blocks):
+            entry[name] = blocks
+            return nearest_code_triton.nearest_code(latents, codebook, exact=True)
+
+        with contextlib.suppress(OutOfResources):
+            if not torch.equal(call()[sample], truth):
+                raise SystemExit(f"wrong codes with {name} {blocks}, D={dim}")
+            choices[str(candidate)] = blocks
+            timers[str(candidate)] = CudaTimer([call], pool)
+    for choice, times in take_turns(timers, rounds).items():
+        rows.append({"contender": choice, "case": f"D={dim} {name} pass"})
+        rows[-1] |= {"median_ms": statistics.median(times), "min_ms": min(times)}
+    rows.sort(key=lambda row: row["median_ms"])
+    for row in rows:
+        entry[name] = choices[row["contender"]]
+        row["fits"] = all(map(fits, kernels_of(dim)))
+        if row["fits"]:
+            break
+    else:
+        raise SystemExit(f"no tiles fit for the {name} pass, D={dim}")
+    print_table(rows[0]["case"], rows, [])
+    return rows
+
+
+def write_table() -> None:
+    entries = nearest_code_triton._BLOCKS.items()
+    lines = [f' "{dim}": {json.dumps(entry)}' for dim, entry in entries]
+    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dims", type=int, nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--check", action="store_true", help="compile the table, without a GPU")
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each candidate")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("needs Triton's compiler: unset TRITON_INTERPRET")
+    if not arguments.check and not torch.cuda.is_available():
+        parser.error("no CUDA device here; --check needs none")
+
+    errors: list[str] = []
+    if arguments.check:
+        rows, errors = check(arguments.dims)
+    else:
+        rows = tune(arguments.dims, arguments.rounds)
+    if arguments.json:
+        write_json(arguments.json, rows)
+    if errors:
+        raise SystemExit("\n".join(errors))
+
+
+if __name__ == "__main__":
+    main()
