@@ -44,9 +44,13 @@ test-gpu: $(SETUP)
 
 bench: $(SETUP)
 	$(PYTHON) benchmarks/nearest_code.py --json runs/bench/nearest_code-cpu.json
+	$(PYTHON) benchmarks/codebook_sums.py --json runs/bench/codebook_sums-cpu.json
+	$(PYTHON) benchmarks/quantizer_step.py --json runs/bench/quantizer_step-cpu.json
 
 bench-gpu: $(SETUP)
 	$(PYTHON) benchmarks/nearest_code.py --device cuda --json runs/bench/nearest_code-cuda.json
+	$(PYTHON) benchmarks/codebook_sums.py --device cuda --json runs/bench/codebook_sums-cuda.json
+	$(PYTHON) benchmarks/quantizer_step.py --device cuda --json runs/bench/quantizer_step-cuda.json
 
 golden: $(SETUP)
 	PYTHONPATH=. $(PYTHON) tests/test_golden.py

@@ -14,21 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from measure import Bench, Call
+from measure import CASES, Bench, Call
 from torch.nn import functional as F
 
 from kernels import codebook_sums
 
-CASES = {  # N, D, K
-    "cpu": [(4096, 64, 512), (32768, 64, 512), (16384, 256, 2048)],
-    "cuda": [
-        (524288, 64, 512),
-        (131072, 64, 512),
-        (65536, 256, 8192),
-        (131072, 32, 65536),
-        (1048576, 64, 1024),
-    ],
-}
 COLLAPSED = {"cpu": [(32768, 64, 512)], "cuda": [(32768, 64, 512), (524288, 64, 512)]}
 TOLERANCE = 1e-5
 

@@ -21,9 +21,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -35,6 +35,16 @@ PEERS = {  # module: distribution
     "faiss": "faiss-cpu",
     "flash_kmeans": "flash-kmeans",
     "vector_quantize_pytorch": "vector-quantize-pytorch",
+}
+CASES = {  # N, D, K of the look-up and of the sums
+    "cpu": [(4096, 64, 512), (32768, 64, 512), (16384, 256, 2048)],
+    "cuda": [
+        (524288, 64, 512),
+        (131072, 64, 512),
+        (65536, 256, 8192),
+        (131072, 32, 65536),
+        (1048576, 64, 1024),
+    ],
 }
 LONG_MS = 10.0  # a call as long as this one does not feel its launches
 GRAPH_MS = 20.0  # calls in a CUDA graph, so that the launch of the graph is not felt either
@@ -54,15 +64,20 @@ def peer(name: str) -> Any:
         raise Absent("not installed" if name.startswith(missing) else f"needs {missing}") from None
 
 
+def refuse(reason: str) -> NoReturn:
+    print(reason, file=sys.stderr)
+    sys.exit(2)
+
+
 class Bench:
     """The command line of a benchmark, its rows and its file.
 
-        bench = Bench(__doc__)
-        bench.compare("(4096, 64, 512)", {"ours": ..., "peer": ...}, inputs, check)
-        bench.write()
+    bench = Bench(__doc__)
+    bench.compare("(4096, 64, 512)", {"ours": ..., "peer": ...}, inputs, check)
+    bench.write()
     """
 
-    def __init__(self, description: str | None, rounds: int = 20):
+    def __init__(self, description: str | None, rounds: int = 15):
         parser = argparse.ArgumentParser(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
@@ -72,7 +87,7 @@ class Bench:
         arguments = parser.parse_args()
         self.json, self.device, self.rounds = arguments.json, arguments.device, arguments.rounds
         if self.device == "cuda" and not torch.cuda.is_available():
-            parser.error("--device cuda: no CUDA device here")
+            refuse("--device cuda: no CUDA device here")
         self.rows: list[dict] = []
         self.skipped: list[str] = []
 
@@ -96,55 +111,47 @@ class Bench:
         """
         sets = [inputs(seed) for seed in range(number_of_sets(inputs(0), self.device))]
         pool = torch.cuda.graph_pool_handle() if graphs and self.device == "cuda" else None
-        rows: dict[str, dict] = {}
-        timers: dict[str, Callable[[], float]] = {}
+        rows, timers, skipped = [], {}, []
         for name, contender in contenders.items():
             try:
                 calls = [contender(*tensors) for tensors in sets]
-                extra = check(name, calls[0])
-                row = {"contender": name, "case": case, "device": self.device}
-                row |= {"peak_mib": peak_mib(calls[0], self.device), "extrapolated": False} | extra
-                if self.device == "cuda":
-                    timers[name] = timer = CudaTimer(calls, pool)
-                    row["graph"] = timer.graph is not None
-                else:
-                    timers[name] = cpu_timer(calls[0])
-                rows[name] = row
+                columns = check(name, calls[0])
+                columns["peak_mib"] = peak_mib(calls[0], self.device)
+                timer = CudaTimer(calls, pool) if self.device == "cuda" else CpuTimer(calls[0])
             except (Absent, torch.OutOfMemoryError) as error:
                 reason = str(error) if isinstance(error, Absent) else "not enough memory"
-                self.skipped.append(f"{case} {name}: {reason}")
-                release_memory(self.device)
+                skipped.append(f"{name}: {reason}")
+                continue
+            row = {"contender": name, "case": case, "device": self.device, "extrapolated": False}
+            rows.append(row | columns | timer.columns)
+            timers[name] = timer
 
         times = take_turns(timers, self.rounds)
-        for name, row in rows.items():
-            row["median_ms"], row["min_ms"] = statistics.median(times[name]), min(times[name])
-            pairs = zip(times[name], times["ours"], strict=True)
-            row["ratio"] = statistics.median(own / ours for own, ours in pairs)
+        for row in rows:
+            own, ours = times[row["contender"]], times["ours"]
+            row["median_ms"], row["min_ms"] = statistics.median(own), min(own)
+            row["ratio"] = statistics.median(a / b for a, b in zip(own, ours, strict=True))
             if flop is not None:
                 row["tflops"] = flop / row["median_ms"] * 1e-9
-        print_table(case, list(rows.values()), self.skipped)
-        self.rows += rows.values()
-        timers.clear()
-        release_memory(self.device)
+        print_table(case, rows, skipped)
+        self.rows += rows
+        self.skipped += [f"{case} {line}" for line in skipped]
 
     def write(self) -> None:
-        write_json(self.json, self.rows, skipped=self.skipped)
+        write_json(self.json, self.rows, self.device, skipped=self.skipped)
 
 
-def take_turns(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each turn, after one that does not count."""
-    times = [{name: timer() for name, timer in timers.items()} for _ in range(rounds + 1)]
-    return {name: [turn[name] for turn in times[1:]] for name in timers}
+class CpuTimer:
+    """Milliseconds of a call on a CPU."""
 
+    def __init__(self, call: Call):
+        self.call, self.columns = call, {}
 
-def cpu_timer(call: Call) -> Callable[[], float]:
-    def milliseconds() -> float:
-        call()  # fills the caches with its own data, and the threads of the one before go to sleep
+    def __call__(self) -> float:
+        self.call()  # its own data into the caches, the threads of the one before to sleep
         start = time.perf_counter()
-        call()
+        self.call()
         return 1e3 * (time.perf_counter() - start)
-
-    return milliseconds
 
 
 class CudaTimer:
@@ -169,6 +176,7 @@ class CudaTimer:
                 for _ in range(self.count):
                     next(self.calls)()
             self.graph = graph
+        self.columns = {"graph": self.graph is not None}
 
     def __call__(self) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -180,6 +188,12 @@ class CudaTimer:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / (1 if self.graph is None else self.count)
+
+
+def take_turns(timers: dict[str, CpuTimer | CudaTimer], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each turn, after one that does not count."""
+    times = [{name: timer() for name, timer in timers.items()} for _ in range(rounds + 1)]
+    return {name: [turn[name] for turn in times[1:]] for name in timers}
 
 
 def makes_host_wait(call: Call) -> bool:
@@ -213,12 +227,7 @@ def peak_mib(call: Call, device: str) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def release_memory(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
-def print_table(case: str, rows: list[dict], skipped: list[str]) -> None:
+def print_table(case: str, rows: list[dict], remarks: Iterable[str] = ()) -> None:
     hidden = ("case", "device", "extrapolated")
     shown = [key for row in rows for key in row if key not in hidden and row[key] is not None]
     names = list(dict.fromkeys(shown))
@@ -227,9 +236,8 @@ def print_table(case: str, rows: list[dict], skipped: list[str]) -> None:
     print(case)
     for line in cells:
         print("  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    for line in skipped:
-        if line.startswith(case + " "):
-            print(f"  {line.removeprefix(case + ' ')}")
+    for remark in remarks:
+        print(f"  {remark}")
     print(flush=True)
 
 
@@ -239,13 +247,13 @@ def text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write_json(path: Path, rows: list[dict], **more: Any) -> None:
-    document = {"environment": environment() | more, "rows": rows}
+def write_json(path: Path, rows: list[dict], device: str, **more: Any) -> None:
+    document = {"environment": environment(device) | more, "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def environment() -> dict:
+def environment(device: str) -> dict:
     """Everything that a figure has to come with."""
     facts = {
         "command": shlex.join(["python", *sys.argv]),
@@ -260,7 +268,7 @@ def environment() -> dict:
         "threads": torch.get_num_threads(),
         "device": cpu_model(),
     }
-    if torch.cuda.is_available():
+    if device == "cuda":
         facts["device"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
         facts["driver"] = output_of(

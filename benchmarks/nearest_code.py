@@ -15,21 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from measure import Absent, Bench, Call, peer
+from measure import CASES, Absent, Bench, Call, peer
 from torch.nn import functional as F
 
 from kernels import nearest_code, reference
 
-CASES = {  # N, D, K
-    "cpu": [(4096, 64, 512), (32768, 64, 512), (16384, 256, 2048)],
-    "cuda": [
-        (524288, 64, 512),
-        (131072, 64, 512),
-        (65536, 256, 8192),
-        (131072, 32, 65536),
-        (1048576, 64, 1024),
-    ],
-}
 SAMPLE = {"cpu": 1024, "cuda": 4096}  # rows that are compared with the truth
 
 

@@ -10,7 +10,6 @@ graph: neither is a training step. Shapes: B batch, D code dimension, H, W grid,
 """
 
 import functools
-import math
 import sys
 from pathlib import Path
 

@@ -5,13 +5,14 @@
     python benchmarks/tune_nearest_code.py --check --json runs/bench/nearest_code-kernels.json
 
 For each padded dimension it times a short list of tiles for the first and for the second pass, and
-keeps the fastest whose kernels fit. --check tells of the table as it is whether they do, and needs
-no GPU: compiled for sm_80 and sm_90, no kernel may spill registers to the stack, or take more shared
-memory than a program has on the smaller GPUs of that generation (sm_86, sm_89).
+keeps the fastest whose kernels fit. --check says whether those of the table do, and needs no GPU:
+compiled for sm_80 and sm_90, none may spill registers to the stack, or take more shared memory than
+a program has on the smaller GPUs of these generations (sm_86, sm_89).
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -27,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import triton
-from measure import CudaTimer, print_table, take_turns, write_json
+from measure import CudaTimer, print_table, refuse, take_turns, write_json
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
@@ -100,21 +102,24 @@ def kernels_of(dim: int) -> Iterator[dict]:
     codebook = torch.randn(512, dim)
     grids = torch.randn(4, dim, 32, 32).movedim(1, -1)
     layouts = {"fp32 NCHW": grids, "fp32": grids.contiguous(), "fp16": grids.contiguous().half()}
-    for capability in CAPABILITIES:
-        for layout, latents in layouts.items():
-            for exact in (True, False):
-                with compile_only(capability) as compiled:
-                    nearest_code_triton.nearest_code(latents, codebook, exact)
-                for name, kernel in compiled.items():
-                    case = f"D={dim} sm_{capability} {layout} {'exact' if exact else 'fast'}"
-                    yield {"kernel": name.strip("_"), "case": case} | resources(kernel)
+    variants = itertools.product(CAPABILITIES, layouts.items(), (True, False))
+    seen = set()
+    for capability, (layout, latents), exact in variants:
+        with compile_only(capability) as compiled:
+            nearest_code_triton.nearest_code(latents, codebook, exact)
+        for name, kernel in compiled.items():
+            if kernel.hash not in seen:  # those that only see the codebook are always the same
+                seen.add(kernel.hash)
+                row = {"case": f"D={dim}", "target": f"sm_{capability}", "kernel": name.strip("_")}
+                row |= {"latents": layout, "precision": "exact" if exact else "fast"}
+                yield row | resources(kernel)
 
 
 def resources(kernel) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     return {
@@ -132,12 +137,21 @@ def check(dims: list[int]) -> tuple[list[dict], list[str]]:
     """All kernels of the table, and a line for each that does not fit."""
     rows, errors = [], []
     for dim in dims:
-        # those that prepare the codebook are the same for all latents
-        found = {str(row): row for row in kernels_of(dim)}.values()
-        print_table(f"D={dim}", list(found), [])
+        found = list(kernels_of(dim))
+        print_table(f"D={dim}, the most of any layout", most_of_any_layout(found))
         rows += found
-        errors += [f"{row['kernel']} does not fit: {row}" for row in found if not fits(row)]
+        errors += [f"does not fit: {row}" for row in found if not fits(row)]
     return rows, errors
+
+
+def most_of_any_layout(rows: list[dict]) -> list[dict]:
+    most: dict[tuple, dict] = {}
+    for row in rows:
+        key = {name: row[name] for name in ("target", "kernel")}
+        before = most.setdefault(tuple(key.values()), key)
+        for name in ("registers", "stack_bytes", "shared_bytes"):
+            before[name] = max(row[name], before.get(name, 0))
+    return list(most.values())
 
 
 def tune(dims: list[int], rounds: int) -> list[dict]:
@@ -175,17 +189,18 @@ def tune_pass(name: str, latents, codebook, rounds: int) -> list[dict]:
             choices[str(candidate)] = blocks
             timers[str(candidate)] = CudaTimer([call], pool)
     for choice, times in take_turns(timers, rounds).items():
-        rows.append({"contender": choice, "case": f"D={dim} {name} pass"})
-        rows[-1] |= {"median_ms": statistics.median(times), "min_ms": min(times)}
+        row = {"contender": choice, "case": f"D={dim} {name} pass", "device": "cuda"}
+        rows.append(row | {"median_ms": statistics.median(times), "min_ms": min(times)})
     rows.sort(key=lambda row: row["median_ms"])
     for row in rows:
         entry[name] = choices[row["contender"]]
-        row["fits"] = all(map(fits, kernels_of(dim)))
+        kernels = (kernel for kernel in kernels_of(dim) if kernel["kernel"] == f"{name}_pass")
+        row["fits"] = all(map(fits, kernels))
         if row["fits"]:
             break
     else:
         raise SystemExit(f"no tiles fit for the {name} pass, D={dim}")
-    print_table(rows[0]["case"], rows, [])
+    print_table(rows[0]["case"], rows)
     return rows
 
 
@@ -205,9 +220,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("needs Triton's compiler: unset TRITON_INTERPRET")
+        refuse("TRITON_INTERPRET is set: the kernels have to be compiled")
     if not arguments.check and not torch.cuda.is_available():
-        parser.error("no CUDA device here; --check needs none")
+        refuse("no CUDA device here (--check needs none)")
 
     errors: list[str] = []
     if arguments.check:
@@ -215,7 +230,7 @@ def main() -> None:
     else:
         rows = tune(arguments.dims, arguments.rounds)
     if arguments.json:
-        write_json(arguments.json, rows)
+        write_json(arguments.json, rows, "cpu" if arguments.check else "cuda")
     if errors:
         raise SystemExit("\n".join(errors))
 

@@ -70,6 +70,12 @@ def duplicates():
     return torch.randn(150, 20), codebook
 
 
+def duplicates_128_apart():
+    """Few rows are open, so repeats are not dropped, and score64 meets both codes in one lane."""
+    codebook = torch.cat([torch.randn(130, 20) * 9, torch.randn(128, 20).repeat(2, 1)])
+    return torch.cat([codebook[:130].repeat(3, 1), codebook[140:150]]), codebook
+
+
 def fp16_ties():
     """Codes that 16 bits cannot tell apart."""
     codebook = torch.randn(1, 16) + 1e-5 * torch.randn(70, 16)
@@ -86,6 +92,7 @@ HOSTILE = {
     "large integers on bisectors": large_integers_on_bisectors,
     "bisectors": lambda: (pairs_of(c := torch.randn(60, 17), 200).mean(0), c),
     "duplicated codes": duplicates,
+    "duplicated codes, few rows": duplicates_128_apart,
     "all codes equal": lambda: (torch.randn(200, 20), torch.full((90, 20), 3.3)),
     "one ulp apart": one_ulp_apart,
     "apart by less than 16 bits": fp16_ties,
@@ -266,29 +273,100 @@ def test_fast_is_within_its_bound(backend):
 # ------------------------------------------------------------------ the certificate
 
 
-def aligned_residuals(u=2.0**-12):
-    """A latent whose rounding residual points from one code straight to the other.
+def pattern(*signs, dim=64):
+    return torch.tensor(signs, dtype=torch.float32).repeat(dim // len(signs))
 
-    x = ±1 + 0.9 u rounds to ±1 in 16 bits, so that x·(c1 - c0) with c1 = -c0 = v (1, …, 1) loses
-    2·0.9·D·u·v, all of what the bound allows for the residual of x. The biases are set so that the
-    true winner, code 1, trails by 0.75 of that in the 16-bit scores: a bound of half the residual
-    would call code 0 certain.
+
+def residuals_of_the_latent():
+    """A latent whose rounding residual points from code 0 straight to code 1.
+
+    x = ±1 + r rounds to ±1 in 16 bits, so that x·(c1 - c0) with c1 = -c0 = (v, …, v) loses 2·D·r·v,
+    all that the bound allows for the residual of x. Code 1 is lengthened at right angles to all
+    else until, rounded, it trails by 3/4 of that: half a bound would call code 0 certain. The other
+    codes make the mean zero and lose clearly.
     """
-    dim, v = 64, 0.5
-    latent = torch.tensor([1.0, -1.0]).repeat(dim // 2) + 0.9 * u
-    codebook = torch.stack([torch.full((dim,), -v), torch.full((dim,), v)])
-    gain = 2 * 0.9 * u * dim * v
-    # lengthening code 1 at right angles to x lowers its score by half the square of what is added
-    sideways = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(dim // 4)
-    codebook[1] += sideways * (2 * 0.86 * gain / dim) ** 0.5
-    return latent[None], codebook
+    r, v = 0.9 * 2.0**-12, 0.5
+    longer = 37 * 2.0**-11 * pattern(1, 1, -1, -1)
+    balance = 0.52 * pattern(1, 1, 1, 1, -1, -1, -1, -1)
+    balance = balance.half().float()
+    ones = torch.ones(64)
+    codebook = torch.stack([-v * ones, v * ones + longer, balance - longer, -balance])
+    return (pattern(1, -1) + r)[None], codebook
 
 
-def test_half_the_residual_would_certify_a_wrong_code():
-    latents, codebook = aligned_residuals()
-    assert look_up(latents, codebook, "triton").tolist() == [1]
-    assert reference.nearest_code(latents, codebook).tolist() == [1]
-    assert look_up(latents, codebook, "triton", "fast").tolist() == [0], "the trap has to be one"
+def residuals_of_the_codes():
+    """The same with codes whose rounding residuals lie along the latent, one each way."""
+    r = 0.9 * 2.0**-13
+    zero, one = 0.5 * pattern(1, -1), 0.5 * pattern(1, 1, -1, -1)
+    one = one + 37 * 2.0**-11 * pattern(1, -1, -1, 1)
+    balance = 0.25 * pattern(1, 1, 1, 1, -1, -1, -1, -1)
+    codebook = torch.stack([zero - r, one + r, -zero - balance, -one + balance])
+    return torch.ones(1, 64), codebook
+
+
+def number_of_the_tile():
+    """Code 0 beats one of the last tile by less than what the numbers of the tiles replace."""
+    latent = torch.zeros(1, 16)
+    latent[0, 0] = 128
+    codebook = torch.zeros(16_384, 16)
+    codebook[:, 1:] = torch.randint(-9, 10, (16_384, 15)) / 64
+    codebook[8192:] = -codebook[:8192].flip(0)  # the mean stays zero
+    codebook[[0, -1]] = 0
+    codebook[[0, -1], 0], codebook[[0, -1], 1] = 1, 0.0390625  # in the middle of the replaced bits
+    codebook[-1, 2] = 0.017578125  # 20 last places of the score
+    codebook[[1, -2]] = -codebook[[0, -1]]
+    return torch.cat([latent, codebook[100:115]]), codebook
+
+
+@pytest.mark.parametrize(
+    "trap, right",
+    [(residuals_of_the_latent, 1), (residuals_of_the_codes, 1), (number_of_the_tile, 0)],
+)
+def test_half_a_bound_would_certify_a_wrong_code(trap, right):
+    latents, codebook = trap()
+    assert codebook.mean(0).abs().max() == 0
+    assert reference.nearest_code(latents, codebook)[0] == right
+    assert look_up(latents, codebook, "triton")[0] == right
+    assert look_up(latents, codebook, "triton", "fast")[0] != right, "the trap has to be one"
+
+
+@triton.jit
+def _bound(values, state, out, D: tl.constexpr):
+    length, residual, factor = tl.load(values), tl.load(values + 1), tl.load(values + 2)
+    flushed, scale = tl.load(values + 3), tl.load(values + 4)
+    accumulation, rounding = tl.load(values + 5), tl.load(values + 6)
+    bound = nearest_code_triton._error_bound(
+        length, residual, factor, flushed, scale, state, nearest_code_triton._RESIDUAL,
+        accumulation, rounding, D,
+    )  # fmt: skip
+    tl.store(out, bound)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        # length, residual, factor, flushed, scale, accumulation, rounding; longest, residual, bias
+        (8.0, 1e-3, 1.0, 0.0, 1.0, 1e-5, 1e-6, 4.0, 5e-4, 8.0),
+        (8.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 4.0, 0.0, 8.0),  # centring and the bias alone
+        (1e6, 0.0, 2.0**-20, 0.0, 1.0, 0.0, 0.0, 1e-6, 0.0, 1e-12),  # score64 alone
+        (0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1e-6, 0.0, 1.0),  # the bias alone
+        (1.0, 0.0, 1.0, 1e-3, 2.0**110, 0.0, 0.0, 1.0, 0.0, 1.0),  # flushed subnormal numbers
+    ],
+)
+def test_the_bound_is_the_documented_one(values, dim=64):
+    length, residual, factor, flushed, scale, accumulation, rounding, *of_codes = values
+    longest, code_residual, bias = of_codes
+    bias *= factor
+    row = residual + 2**-24 * length + flushed
+    code = code_residual + 2**-24 * longest + scale * 2**-124 * dim**0.5
+    expected = row * (longest + code_residual) + (length + row) * code
+    expected += (accumulation + rounding) * (length * longest + bias) + 2**-22 * bias
+    expected += (dim + 3) * 2**-53 * (length + factor * longest) ** 2 / factor
+    state = torch.zeros(8, device=DEVICE)
+    state[[1, 2, 4]] = torch.tensor(of_codes, device=DEVICE)
+    out = torch.empty(1, device=DEVICE)
+    _bound[(1,)](torch.tensor(values[:7], device=DEVICE), state.view(torch.int32), out, D=dim)
+    assert expected < out.item() < 1.02 * expected
 
 
 def truncated(value):
@@ -336,6 +414,39 @@ def test_truncating_accumulation_stays_within_half_the_bound(dim, block):
         assert error <= accumulation_bound(x, c, bias) / 2
         largest = max(largest, error / accumulation_bound(x, c, bias))
     assert largest > 0.3  # the sums are hostile indeed
+
+
+def lost_products():
+    """Code 0 is nearer, but every product that says so is too small to survive truncation."""
+    dim = 512
+    latent, codebook = torch.zeros(1, dim), torch.zeros(4, dim)
+    latent[0, 1:] = 2.0**-12 * (1 - 2.0**-11)
+    codebook[:2, 0] = 1
+    codebook[0, 1:] = codebook[1, 1:256] = 2.0**-12 * (1 - 2.0**-11)
+    codebook[2:] = -codebook[:2].mean(0)  # the mean is zero
+    return latent, codebook
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="patches the interpreter")
+def test_exact_on_tensor_cores_that_truncate(monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def dot(self, a, b, d, *_):
+        total = d.data.astype(np.float64)
+        a, b = a.data.astype(np.float64), b.data.astype(np.float64)
+        for i in range(0, a.shape[1], 16):
+            addends = a[:, i : i + 16, None] * b[None, i : i + 16]
+            addends = np.concatenate([total[:, None], addends], axis=1)
+            _, exponent = np.frexp(np.abs(addends).max(1, keepdims=True))
+            unit = 2.0 ** (exponent - 24)
+            total = truncated((np.trunc(addends / unit) * unit).sum(1))
+        return TensorHandle(total.astype(np.float32), d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+    latents, codebook = lost_products()
+    assert look_up(latents, codebook, "triton", "fast").tolist() == [1], "the trap has to be one"
+    check(latents, codebook, "triton")
+    check(torch.randn(70, 24), torch.randn(90, 24), "triton")
 
 
 @triton.jit
