@@ -1,5 +1,7 @@
 """The EMA quantizer against hand-computed steps, and each fault that its ancestors had."""
 
+import copy
+
 import pytest
 import torch
 
@@ -187,3 +189,22 @@ def test_usage_of_known_distributions():
     assert usage(torch.tensor([9, 0, 0, 0])) == pytest.approx((1.0, 0.75, 1))
     perplexity, unused, used = usage(torch.tensor([3, 1]))
     assert perplexity == pytest.approx((4 / 3) ** 0.75 * 4**0.25) and (unused, used) == (0, 2)
+
+
+def test_compiled_without_a_graph_break():
+    plain = make(size=32, dim=8).train()
+    quantizer = copy.deepcopy(plain)
+    compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        latents = torch.randn(2, 8, 4, 4)
+        gradients = []
+        for model in (compiled, plain):
+            x = latents.clone().requires_grad_()
+            output = model(x)
+            (output.quantized.sum() + output.commitment).backward()
+            gradients.append((x.grad, output.codes))
+        assert torch.equal(gradients[0][1], gradients[1][1])
+        torch.testing.assert_close(gradients[0][0], gradients[1][0])
+        commit([quantizer], batch_size=2)
+        commit([plain], batch_size=2)
+        assert torch.equal(quantizer.codebook, plain.codebook)
