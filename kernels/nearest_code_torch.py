@@ -184,7 +184,8 @@ def _blocks(latents: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
 @contextlib.contextmanager
 def _ieee_products() -> Iterator[None]:
     """fp32 products in fp32, whatever the process allows elsewhere: the bound rests on it."""
-    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    cpu = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    backends = (cpu, torch.backends.cuda.matmul)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
