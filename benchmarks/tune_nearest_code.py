@@ -49,9 +49,10 @@ SHAPES = {  # D_PAD: N, K
 }
 CANDIDATES = {  # rows, codes, warps, stages
     "first": [
-        (32, 64, 4, 2), (32, 64, 8, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3),
-        (64, 64, 8, 2), (64, 64, 8, 3), (64, 128, 8, 2), (64, 128, 8, 3), (128, 32, 4, 3),
-        (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3),
+        (16, 64, 4, 2), (32, 32, 4, 2), (32, 32, 8, 3), (32, 64, 4, 2), (32, 64, 8, 2),
+        (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3),
+        (64, 128, 8, 2), (64, 128, 8, 3), (128, 32, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2),
+        (128, 64, 8, 3),
     ],
     "second": [
         (16, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 2), (32, 64, 8, 1), (32, 64, 8, 2),
@@ -178,6 +179,9 @@ def tune_pass(name: str, latents, codebook, rounds: int) -> list[dict]:
     choices, timers, rows = {}, {}, []
     for candidate in CANDIDATES[name]:
         blocks = dict(zip(("rows", "codes", "warps", "stages"), candidate, strict=True))
+        held = blocks["rows"] + (blocks["stages"] - 1) * blocks["codes"]  # at least, in 16 bits
+        if name == "first" and 2 * dim * held > MAX_SHARED:
+            continue
 
         def call(blocks=blocks):
             entry[name] = blocks

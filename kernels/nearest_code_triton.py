@@ -194,23 +194,22 @@ def _norm(x):
 
 
 @triton.jit
-def _scaled_rows(
-    latents, offsets, valid, stride_d, mean, scale, D: tl.constexpr, D_PAD: tl.constexpr
-):
-    """Rows minus the mean, scaled: x (BLOCK, D_PAD), row factor (BLOCK,), absolute error (BLOCK,).
-
-    The scale of the codes serves for the rows as well, but a row that would leave the range of
-    fp16 is scaled down further, by its factor, a power of two; its biases then have the factor too.
-    The factor is at least 2^-40: beyond, fp16 overflows and the row stays open.
-    """
-    d = tl.arange(0, D_PAD)
+def _centred_rows(latents, offsets, valid, stride_d, mean, d, D: tl.constexpr):
+    """(BLOCK, BLOCK_D) fp32: the entries d (BLOCK_D,) of rows at offsets (BLOCK,), less the mean."""
     place = latents + offsets[:, None] + d.to(tl.int64)[None, :] * stride_d
     x = tl.load(place, mask=valid[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-    x = x - _finite_mean(mean, d, D)[None, :]
-    largest = tl.max(tl.abs(x), 1) * scale
-    factor = _power_of_two(-tl.maximum(tl.minimum(_exponent(largest) - 10, 40), 0))
-    flushed = (scale * _FLUSHED) * factor * tl.sqrt(float(D))
-    return x * (scale * factor)[:, None], factor, flushed
+    return x - _finite_mean(mean, d, D)[None, :]
+
+
+@triton.jit
+def _row_factor(largest, scale):
+    """(BLOCK,): a power of two, 1 for most, from the largest entries of centred rows (BLOCK,).
+
+    The scale of the codes serves for the rows as well, but a row that would leave the range of
+    fp16 is scaled down further, by its factor; its biases then have the factor too. The factor is
+    at least 2^-40: beyond, fp16 overflows and the row stays open.
+    """
+    return _power_of_two(-tl.maximum(tl.minimum(_exponent(largest * scale) - 10, 40), 0))
 
 
 @triton.jit
@@ -267,8 +266,8 @@ def _prepare(
 
 @triton.jit
 def _error_bound(
-    length, residual, factor, flushed, scale, state, RESIDUAL: tl.constexpr, accumulation,
-    rounding, D: tl.constexpr,
+    length, residual, factor, scale, state, RESIDUAL: tl.constexpr, accumulation, rounding,
+    D: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK,): how far a row's score a·(x·c - |c|²/2), a its factor, may be from its real value,
     score64's rounding included (kernels/README.md).
@@ -283,10 +282,10 @@ def _error_bound(
     longest = tl.load(state + _LENGTH).to(tl.float32, bitcast=True)
     code_residual = tl.load(state + RESIDUAL).to(tl.float32, bitcast=True)
     largest_bias = tl.load(state + _BIAS).to(tl.float32, bitcast=True) * factor
-    code_flushed = scale * _FLUSHED * tl.sqrt(float(D))
+    flushed = (scale * _FLUSHED) * tl.sqrt(float(D))
     # what 16 bits leave of an operand, what centring it in fp32 rounds away, and what is flushed
-    row_error = residual + length * _ROUNDING + flushed
-    code_error = code_residual + longest * _ROUNDING + code_flushed
+    row_error = residual + length * _ROUNDING + factor * flushed
+    code_error = code_residual + longest * _ROUNDING + flushed
     error = row_error * (longest + code_residual) + (length + row_error) * code_error
     error += (accumulation + rounding) * (length * longest + largest_bias)
     error += 4 * _ROUNDING * largest_bias  # the bias was rounded as well
@@ -318,7 +317,9 @@ def _first_pass(
     valid = rows < N
     offsets = _row_offsets(rows, stride0, size1, stride1, size2, stride2)
     scale = _code_scale(state)
-    x, factor, flushed = _scaled_rows(latents, offsets, valid, stride_d, mean, scale, D, D_PAD)
+    x = _centred_rows(latents, offsets, valid, stride_d, mean, tl.arange(0, D_PAD), D)
+    factor = _row_factor(tl.max(tl.abs(x), 1), scale)
+    x *= (scale * factor)[:, None]
     x16 = x.to(tl.float16)
     length, residual = _norm(x), _norm(x - x16.to(tl.float32))
 
@@ -345,7 +346,7 @@ def _first_pass(
 
     # The sum inside the tensor cores, and the bits that the number of the tile replaced.
     error = _error_bound(
-        length, residual, factor, flushed, scale, state, _RESIDUAL,
+        length, residual, factor, scale, state, _RESIDUAL,
         (D + D / 8 + 4) * _TENSOR_CORES, (tile_bits + 1) * (2 * _ROUNDING), D,
     )  # fmt: skip
     if EXACT:
@@ -401,9 +402,21 @@ def _second_pass(
         valid = slot < count
         rows = tl.load(open_rows + slot, mask=valid, other=0).to(tl.int64)
         offsets = _row_offsets(rows, stride0, size1, stride1, size2, stride2)
-        x, factor, flushed = _scaled_rows(latents, offsets, valid, stride_d, mean, scale, D, D_PAD)
-        rest = x - x.to(tl.float16).to(tl.float32)
-        length, residual = _norm(x), _norm(rest - rest.to(tl.float16).to(tl.float32))
+        largest = tl.zeros((BLOCK_N,), tl.float32)
+        for start in range(0, D_PAD, _CHUNK_D):
+            x = _centred_rows(latents, offsets, valid, stride_d, mean, start + d, D)
+            largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+        factor = _row_factor(largest, scale)
+        length = tl.zeros((BLOCK_N,), tl.float32)
+        residual = tl.zeros((BLOCK_N,), tl.float32)
+        for start in range(0, D_PAD, _CHUNK_D):
+            x = _centred_rows(latents, offsets, valid, stride_d, mean, start + d, D)
+            x *= (scale * factor)[:, None]
+            rest = x - x.to(tl.float16).to(tl.float32)
+            rest -= rest.to(tl.float16).to(tl.float32)
+            length += tl.sum(x * x, 1)
+            residual += tl.sum(rest * rest, 1)
+        length, residual = tl.sqrt(length) + _VANISHED, tl.sqrt(residual) + _VANISHED
 
         best = tl.full((BLOCK_N, BLOCK_K), float("-inf"), tl.float32)
         second = tl.full((BLOCK_N, BLOCK_K), float("-inf"), tl.float32)
@@ -412,18 +425,15 @@ def _second_pass(
             score = factor[:, None] * tl.load(bias + tile * BLOCK_K + k)[None, :]
             for start in range(0, D_PAD, _CHUNK_D):
                 # a short sum inside the tensor cores, the sum of these in IEEE fp32
-                place = latents + offsets[:, None] + (start + d).to(tl.int64)[None, :] * stride_d
-                mask = valid[:, None] & (start + d < D)[None, :]
-                part = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-                part -= _finite_mean(mean, start + d, D)[None, :]
-                part *= (scale * factor)[:, None]
-                part_high = part.to(tl.float16)
-                part_low = (part - part_high.to(tl.float32)).to(tl.float16)
+                x = _centred_rows(latents, offsets, valid, stride_d, mean, start + d, D)
+                x *= (scale * factor)[:, None]
+                x_high = x.to(tl.float16)
+                x_low = (x - x_high.to(tl.float32)).to(tl.float16)
                 place_c = (tile * BLOCK_K + k).to(tl.int64)[None, :] * D_PAD + (start + d)[:, None]
                 c_high, c_low = tl.load(high + place_c), tl.load(low + place_c)
-                product = tl.dot(part_low, c_high)
-                product = tl.dot(part_high, c_low, acc=product)
-                score += tl.dot(part_high, c_high, acc=product)
+                product = tl.dot(x_low, c_high)
+                product = tl.dot(x_high, c_low, acc=product)
+                score += tl.dot(x_high, c_high, acc=product)
             best_tile = tl.where(score > best, tile, best_tile)
             second = tl.maximum(second, tl.minimum(best, score))
             best = tl.maximum(best, score)
@@ -437,7 +447,7 @@ def _second_pass(
         # The sums inside the tensor cores (those of the low parts are 2^-10 of it: one more), the
         # sum over the chunks and the bias, and the product of the low parts, left out: 4.
         error = _error_bound(
-            length, residual, factor, flushed, scale, state, _RESIDUAL2,
+            length, residual, factor, scale, state, _RESIDUAL2,
             (_CHUNK_D + _CHUNK_D / 8 + 5) * _TENSOR_CORES,
             (D_PAD / _CHUNK_D + 1 + 4) * _ROUNDING, D,
         )  # fmt: skip
