@@ -195,7 +195,7 @@ def _norm(x):
 
 @triton.jit
 def _centred_rows(latents, offsets, valid, stride_d, mean, d, D: tl.constexpr):
-    """(BLOCK, BLOCK_D) fp32: the entries d (BLOCK_D,) of rows at offsets (BLOCK,), less the mean."""
+    """(BLOCK, BLOCK_D) fp32: entries d (BLOCK_D,) of rows at offsets (BLOCK,), less the mean."""
     place = latents + offsets[:, None] + d.to(tl.int64)[None, :] * stride_d
     x = tl.load(place, mask=valid[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
     return x - _finite_mean(mean, d, D)[None, :]
