@@ -9,6 +9,7 @@ SYSTEM_PYTHON ?= python3
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 SETUP := $(VENV)/.done
+PEERS := $(VENV)/.peers
 endif
 
 .PHONY: demo test check setup test-gpu bench bench-gpu golden tensorboard clean
@@ -39,18 +40,25 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	rm -rf build *.egg-info
 	touch $@
 
+$(VENV)/.peers: $(SETUP)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt '.[bench]'
+	rm -rf build *.egg-info
+	touch $@
+
 test-gpu: $(SETUP)
-	$(PYTHON) -m pytest tests/test_gpu.py
+	$(PYTHON) -m pytest tests/test_gpu.py tests/test_kernels.py
 
-bench: $(SETUP)
-	$(PYTHON) benchmarks/nearest_code.py --json runs/bench/nearest_code-cpu.json
-	$(PYTHON) benchmarks/codebook_sums.py --json runs/bench/codebook_sums-cpu.json
-	$(PYTHON) benchmarks/quantizer_step.py --json runs/bench/quantizer_step-cpu.json
+BENCHMARKS := nearest_code codebook_sums quantizer_step
 
-bench-gpu: $(SETUP)
-	$(PYTHON) benchmarks/nearest_code.py --device cuda --json runs/bench/nearest_code-cuda.json
-	$(PYTHON) benchmarks/codebook_sums.py --device cuda --json runs/bench/codebook_sums-cuda.json
-	$(PYTHON) benchmarks/quantizer_step.py --device cuda --json runs/bench/quantizer_step-cuda.json
+bench: $(PEERS)
+	for name in $(BENCHMARKS); do \
+		$(PYTHON) benchmarks/$$name.py --json runs/bench/$$name-cpu.json || exit 1; done
+	$(PYTHON) benchmarks/tune_nearest_code.py --check --json runs/bench/kernels.json
+
+bench-gpu: $(PEERS)
+	for name in $(BENCHMARKS); do \
+		$(PYTHON) benchmarks/$$name.py --device cuda --json runs/bench/$$name-cuda.json || exit 1; \
+	done
 
 golden: $(SETUP)
 	PYTHONPATH=. $(PYTHON) tests/test_golden.py
