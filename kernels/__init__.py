@@ -126,7 +126,8 @@ def _nearest_code(
         from kernels import nearest_code_triton as implementation
     else:
         from kernels import nearest_code_torch as implementation
-    return implementation.nearest_code(latents, codebook, exact=precision == "exact")
+    with torch.cuda.device_of(latents):  # Triton launches on the current device
+        return implementation.nearest_code(latents, codebook, exact=precision == "exact")
 
 
 @_nearest_code.register_fake
@@ -142,7 +143,8 @@ def _codebook_sums(
         from kernels import codebook_sums_triton as implementation
     else:
         from kernels import codebook_sums_torch as implementation
-    return implementation.codebook_sums(latents, codes, num_codes)
+    with torch.cuda.device_of(latents):
+        return implementation.codebook_sums(latents, codes, num_codes)
 
 
 @_codebook_sums.register_fake
