@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
-from kernels import nearest_code_triton, reference
+from kernels import codebook_sums_triton, nearest_code_triton, reference
 
 TABLE = Path(nearest_code_triton.__file__).with_name("nearest_code_blocks.json")
 CAPABILITIES = (80, 90)
@@ -102,12 +102,15 @@ def kernels_of(dim: int) -> Iterator[dict]:
     """What every kernel takes for latents of dimension `dim`, in the layouts of training."""
     codebook = torch.randn(512, dim)
     grids = torch.randn(4, dim, 32, 32).movedim(1, -1)
-    layouts = {"fp32 NCHW": grids, "fp32": grids.contiguous(), "fp16": grids.contiguous().half()}
+    rows = grids.contiguous()
+    layouts = {"fp32 NCHW": grids, "fp32": rows, "fp16": rows.half(), "one row": rows[0, 0, :1]}
     variants = itertools.product(CAPABILITIES, layouts.items(), (True, False))
     seen = set()
     for capability, (layout, latents), exact in variants:
         with compile_only(capability) as compiled:
             nearest_code_triton.nearest_code(latents, codebook, exact)
+            codes = torch.zeros(latents.shape[:-1], dtype=torch.int64)
+            codebook_sums_triton.codebook_sums(latents, codes, len(codebook))
         for name, kernel in compiled.items():
             if kernel.hash not in seen:  # those that only see the codebook are always the same
                 seen.add(kernel.hash)

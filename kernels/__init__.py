@@ -30,8 +30,9 @@ def nearest_code(
     Args:
         latents: (..., D) float64, fp32, bf16 or fp16, any strides, on the codebook's device.
         codebook: (K, D) of the same kinds, K and D at least 1.
-        backend: "auto" is Triton on CUDA (float64 and D > 512 excepted), torch elsewhere; "triton"
-            also runs on a CPU under TRITON_INTERPRET=1.
+        backend: "auto" is Triton on CUDA (float64 and D > 512 excepted, which take the torch path
+            and make the host wait), torch elsewhere; "triton" also runs on a CPU under
+            TRITON_INTERPRET=1.
         precision: "exact" is the lowest index that minimises `reference.score64`, the same on every
             backend bit for bit. "fast" leaves out the passes that certify it: a code whose squared
             distance is within 4 error bounds (kernels/README.md) of the least.
@@ -75,7 +76,8 @@ def codebook_sums(
 
     Args:
         latents: (..., D) float64, fp32, bf16 or fp16, any strides.
-        codes: (...) int64 in [0, num_codes), on the same device; not checked on a GPU.
+        codes: (...) int64 in [0, num_codes), on the same device. Another code is a ValueError on a
+            CPU; on a GPU, where to look would be to wait, its row is left out.
         backend: as for `nearest_code`.
 
     Returns:

@@ -24,13 +24,15 @@ def codebook_sums(
     # rows are gathered by code, so a row has to lie together: channels-last latents need no copy
     rows, codes = latents.reshape(-1, dim), codes.reshape(-1)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    narrow = torch.int16 if num_codes < 2**15 else torch.int32  # fewer passes of the radix sort
+    narrow = torch.int16 if num_codes < 2**15 - 1 else torch.int32  # fewer passes of the radix sort
+    # codes outside become one of their own, K, and its sum is left out
+    codes = torch.where((codes >= 0) & (codes < num_codes), codes, num_codes)
     ordered, order = codes.to(narrow).sort(stable=True)
-    edges = torch.arange(num_codes + 1, dtype=narrow, device=codes.device)
+    edges = torch.arange(num_codes + 2, dtype=torch.int32, device=codes.device)
     bounds = torch.searchsorted(ordered, edges)  # code k has the sorted rows [k], [k + 1]
 
     num_blocks = triton.cdiv(len(codes), _BLOCK_N)
-    sums = torch.zeros(num_codes, dim, dtype=torch.float32, device=codes.device)
+    sums = torch.zeros(num_codes + 1, dim, dtype=torch.float32, device=codes.device)
     parts = torch.empty(num_blocks, 2, dim, dtype=torch.float32, device=codes.device)
     grid_d = triton.cdiv(dim, _BLOCK_D)
     shape = {"D": dim, "BLOCK_N": _BLOCK_N, "BLOCK_D": _BLOCK_D}
@@ -38,7 +40,7 @@ def codebook_sums(
         rows, rows.stride(0), ordered, order, bounds, sums, parts, len(codes), **shape
     )
     _join_parts[(num_blocks, grid_d)](ordered, bounds, sums, parts, len(codes), **shape)
-    return bounds.diff(), sums
+    return bounds[:-1].diff(), sums[:-1].contiguous()
 
 
 @triton.jit

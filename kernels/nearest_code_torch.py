@@ -6,6 +6,7 @@ in M·G ≥ K places, code k in group k % G, so that the maximum of every group 
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,7 @@ from kernels.reference import score64
 
 _SCORES = 2**21  # scores of a chunk: 8 MiB of fp32, which stays in the cache
 _PAIRS = 2**23  # numbers of a batch of candidates that score64 decides: 64 MiB
+_SWITCH = threading.RLock()  # see _ieee_products; reentrant, as repeated codes start again
 
 
 def nearest_code(latents: torch.Tensor, codebook: torch.Tensor, exact: bool) -> torch.Tensor:
@@ -80,7 +82,9 @@ def _prepare(codebook: torch.Tensor, places: int):
     mean = codebook[finite].mean(0) if finite.any() else codebook.new_zeros(codebook.shape[1])
     centred = torch.where(finite[:, None], codebook - mean, 0)
     _, exponent = math.frexp(float(centred.abs().max()))
-    scale = 1.0 if -40 <= exponent <= 40 else math.ldexp(1.0, -max(-120, min(exponent, 120)))
+    scale = 1.0  # float64 is not scaled: it leaves its range together with score64
+    if codebook.dtype == torch.float32 and not -40 <= exponent <= 40:
+        scale = math.ldexp(1.0, -max(-120, min(exponent, 120)))
     centred = torch.nn.functional.pad(centred * scale, (0, 0, 0, places - size))
     bias = torch.linalg.vector_norm(centred, dim=1, dtype=torch.float64).square() * -0.5
     bias = bias.to(codebook.dtype)
@@ -94,7 +98,8 @@ def _error_bound(centred: torch.Tensor, bias: torch.Tensor):
     may be from its real value, score64's own rounding included.
 
     With IEEE arithmetic in any order, fused or not (Higham 2002, section 3.1), u the unit roundoff:
-    D + 1 roundings in the sum, 2 for the centring, 3 for the bias; the rest is slack.
+    D + 1 roundings in the sum, 2 for the centring, 3 for the bias (2D + 8 in all for the bias in
+    float64, which is summed in no higher precision); the rest is slack.
     """
     dim, info = centred.shape[1], torch.finfo(centred.dtype)
     slack = 1 + 2.0**-8  # for the rounding of the bound itself
@@ -102,7 +107,8 @@ def _error_bound(centred: torch.Tensor, bias: torch.Tensor):
     rounding64 = slack * (dim + 3) * 2.0**-53
     longest = float(torch.linalg.vector_norm(centred, dim=1).max())
     largest_bias = float(torch.where(bias.isfinite(), bias, 0).abs().max())
-    constant = rounding * largest_bias + (dim + 2) * info.tiny
+    of_bias = rounding if centred.dtype == torch.float32 else 2 * rounding
+    constant = of_bias * largest_bias + (dim + 2) * info.tiny
 
     def bound(lengths: torch.Tensor) -> torch.Tensor:
         error = torch.add(lengths, longest).square_().mul_(rounding64).add_(constant)
@@ -183,14 +189,18 @@ def _blocks(latents: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
 
 @contextlib.contextmanager
 def _ieee_products() -> Iterator[None]:
-    """fp32 products in fp32, whatever the process allows elsewhere: the bound rests on it."""
+    """fp32 products in fp32, whatever the process allows elsewhere: the bound rests on it.
+
+    The switch is the process's, so threads take turns.
+    """
     cpu = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     backends = (cpu, torch.backends.cuda.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+    with _SWITCH:
+        before = [backend.fp32_precision for backend in backends]
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision

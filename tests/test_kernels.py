@@ -110,6 +110,10 @@ HOSTILE = {
     "zero codes": lambda: (torch.randn(70, 8), torch.zeros(66, 8)),
     "denormals": lambda: (torch.randn(40, 8) * 1e-40, torch.randn(30, 8) * 1e-40),
     "largest floats": lambda: (torch.randn(40, 8).sign() * 3e38, torch.randn(30, 8).sign() * 3e38),
+    "overflow in the centring": lambda: (
+        torch.tensor([[0.7e38], [-3e38]]),
+        torch.tensor([[3.4e38], [-3e38], [-2.9e38]]),
+    ),
     "one code": lambda: (torch.randn(70, 8), torch.randn(1, 8)),
     "one dimension": lambda: (torch.randn(300, 1), torch.randn(129, 1)),
     "100 dimensions": lambda: (torch.randn(65, 100), torch.randn(65, 100)),
@@ -242,7 +246,8 @@ def test_no_latents(backend, shape):
 def test_float64_latents_are_looked_up_in_float64():
     codebook = torch.randn(60, 9, dtype=torch.float64)
     latents = pairs_of(codebook, 300).mean(0) + 1e-12 * torch.randn(300, 9, dtype=torch.float64)
-    for scale in (1.0, 1e100, 1e-100, 1e200, 1e-200):
+    for exponent in (0, 100, 153, 154, 155, 160, 200, -100, -155, -160, -161, -162, -165, -200):
+        scale = 10.0**exponent
         check(latents * scale, codebook * scale, "torch")
     check(latents.to(torch.float32), codebook, "torch")
 
@@ -453,24 +458,25 @@ def test_exact_on_tensor_cores_that_truncate(monkeypatch):
 
 
 @triton.jit
-def _one_product(x, c, bias, out, D: tl.constexpr):
-    """out (16, 16): x·c + bias of 16 equal rows and codes, as the first pass computes it."""
-    n, d = tl.arange(0, 16), tl.arange(0, D)
-    rows = tl.load(x + d)[None, :] + tl.zeros((16, 1), tl.float16)
-    codes = tl.load(c + d)[:, None] + tl.zeros((1, 16), tl.float16)
-    start = tl.load(bias) + tl.zeros((16, 16), tl.float32)
-    tl.store(out + n[:, None] * 16 + n[None, :], tl.dot(rows, codes, acc=start))
+def _one_product(x, c, bias, out, D: tl.constexpr, BLOCK: tl.constexpr):
+    """out (BLOCK, BLOCK): x·c + bias of equal rows and codes, as the first pass computes it."""
+    n, d = tl.arange(0, BLOCK), tl.arange(0, D)
+    rows = tl.load(x + d)[None, :] + tl.zeros((BLOCK, 1), tl.float16)
+    codes = tl.load(c + d)[:, None] + tl.zeros((1, BLOCK), tl.float16)
+    start = tl.load(bias) + tl.zeros((BLOCK, BLOCK), tl.float32)
+    tl.store(out + n[:, None] * BLOCK + n[None, :], tl.dot(rows, codes, acc=start))
 
 
-@pytest.mark.parametrize("dim", [16, 64, 512])
-def test_the_accumulator_stays_within_half_the_bound(dim):
+@pytest.mark.parametrize("block", [16, 64])  # mma.sync and, on Hopper, wgmma, as in the kernels
+@pytest.mark.parametrize("dim", [16, 64, 256])
+def test_the_accumulator_stays_within_half_the_bound(dim, block):
     """On a GPU the assumption about its tensor cores; elsewhere the interpreter's arithmetic."""
     for x, c, bias in worst_sums(dim):
         x16, c16 = (torch.tensor(a, dtype=torch.float16, device=DEVICE) for a in (x, c))
         assert x16.double().tolist() == x.tolist() and c16.double().tolist() == c.tolist()
         start = torch.tensor([bias], dtype=torch.float32, device=DEVICE)
-        out = torch.empty(16, 16, device=DEVICE)
-        _one_product[(1,)](x16, c16, start, out, D=dim)
+        out = torch.empty(block, block, device=DEVICE)
+        _one_product[(1,)](x16, c16, start, out, D=dim, BLOCK=block)
         error = (out.double().cpu() - (start.item() + float(np.sum(x * c)))).abs().max()
         assert error <= accumulation_bound(x, c, bias) / 2
 
@@ -523,16 +529,43 @@ def test_sums_of_integers_are_exact_with_hot_and_empty_codes(backend):
 
 @backends
 def test_sums_are_the_same_every_time_and_for_any_number_of_threads(backend):
-    latents, codes = (
-        torch.randn(9000, 33),
-        torch.randint(0, 40, (9000,)) * torch.randint(0, 2, (9000,)),
-    )
-    latents, codes = latents.to(DEVICE), codes.to(DEVICE)
+    torch.use_deterministic_algorithms(False)  # a user has not asked for it either
+    latents = torch.randn(9000, 33).to(DEVICE)
+    codes = (torch.randint(0, 40, (9000,)) * torch.randint(0, 2, (9000,))).to(DEVICE)
     results = []
     for threads in (1, 2, 3, 4, 1):
         torch.set_num_threads(threads)
         results.append(codebook_sums(latents, codes, 50, backend)[1])
     assert all(torch.equal(results[0], other) for other in results[1:])
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("latents", [torch.randn(2000, 600), torch.randn(2000, 3).double()])
+def test_sums_beyond_the_kernels_are_deterministic_as_well(latents):
+    torch.use_deterministic_algorithms(False)
+    latents, codes = latents.to(DEVICE), torch.randint(0, 3, (2000,)).to(DEVICE)
+    results = [codebook_sums(latents, codes, 3)[1] for _ in range(4)]
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@backends
+@pytest.mark.parametrize("shape", [(5,), (2, 600, 4), (1, 520, 3, 2)])
+def test_sums_take_any_leading_shape(backend, shape):
+    latents, codes = integers(-9, 9, *shape), torch.randint(0, 4, shape[:-1])
+    counts, sums = codebook_sums(latents.to(DEVICE), codes.to(DEVICE), 4, backend)
+    flat = latents.reshape(-1, shape[-1])
+    assert torch.equal(sums.cpu(), torch.zeros(4, shape[-1]).index_add_(0, codes.flatten(), flat))
+    assert counts.sum() == len(flat)
+
+
+def test_codes_out_of_range():
+    latents, codes = integers(-9, 9, 300, 4), torch.randint(-2, 7, (300,))
+    with pytest.raises(ValueError, match=r"codes \(300,\) must lie in \[0, 5\), not in \[-2, 6\]"):
+        codebook_sums(latents, codes, 5, "torch")
+    counts, sums = codebook_sums(latents.to(DEVICE), codes.to(DEVICE), 5, "triton")
+    inside = (codes >= 0) & (codes < 5)
+    expected = torch.zeros(5, 4).index_add_(0, codes[inside], latents[inside])
+    assert torch.equal(sums.cpu(), expected) and counts.sum() == inside.sum()
 
 
 @backends
