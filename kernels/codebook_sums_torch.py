@@ -14,13 +14,14 @@ def codebook_sums(
     """latents (..., D), codes (...) int64 in [0, K) -> counts (K,) int64, sums (K, D)."""
     dim = latents.shape[-1]
     rows, codes = latents.reshape(-1, dim), codes.reshape(-1)
-    if not codes.is_cuda and len(codes) and not 0 <= codes.min() <= codes.max() < num_codes:
-        raise ValueError(
-            f"codes {tuple(codes.shape)} must lie in [0, {num_codes}), "
-            f"not in [{int(codes.min())}, {int(codes.max())}]"
-        )
+    if not codes.is_cuda and len(codes):
+        least, largest = (int(code) for code in codes.aminmax())
+        if least < 0 or largest >= num_codes:
+            raise ValueError(
+                f"codes {tuple(codes.shape)} must lie in [0, {num_codes}), not [{least}, {largest}]"
+            )
     sums = torch.zeros(num_codes, dim, dtype=torch.float64, device=latents.device)
-    with _deterministic():
+    with _deterministic() if codes.is_cuda else contextlib.nullcontext():
         for part, places in zip(rows.split(_CHUNK), codes.split(_CHUNK), strict=True):
             sums.index_add_(0, places, part.double())
     counts = torch.bincount(codes, minlength=num_codes)
@@ -29,7 +30,7 @@ def codebook_sums(
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """index_add_ without atomics on CUDA; on a CPU it adds the rows of a code in order anyway."""
+    """index_add_ without atomics; on a CPU it adds the rows of a code in order anyway."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)

@@ -23,10 +23,10 @@ def nearest_code(latents: torch.Tensor, codebook: torch.Tensor, exact: bool) -> 
     dtype = torch.promote_types(latents.dtype, codebook.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     size, dim = codebook.shape
-    groups = 2 ** math.ceil(math.log2(size) / 2)
+    groups = max(32, 2 ** math.ceil(math.log2(size) / 2))  # below 32 the reduction is slow
     members = math.ceil(size / groups)
-    mean, scale, centred, bias = _prepare(codebook.to(dtype), groups * members)
-    error_bound = _error_bound(centred, bias)
+    mean, scale, centred, bias, longest = _prepare(codebook.to(dtype), groups * members)
+    error_bound = _error_bound(dim, dtype, longest)
 
     chunk = max(256, _SCORES // (groups * members))
     chunk = min(chunk, max(1, latents.numel() // dim))
@@ -73,27 +73,29 @@ def nearest_code(latents: torch.Tensor, codebook: torch.Tensor, exact: bool) -> 
 
 
 def _prepare(codebook: torch.Tensor, places: int):
-    """Mean (D,), scale (a power of two), centred and scaled codes (places, D), bias (places,).
+    """Mean (D,), scale (a power of two), centred and scaled codes (places, D), bias (places,), and
+    the length of the longest code.
 
     A code that is not finite, and a place without a code, has a bias of -inf.
     """
-    size = len(codebook)
     finite = codebook.abs().amax(1) < torch.inf  # False as well where it is not a number
-    mean = codebook[finite].mean(0) if finite.any() else codebook.new_zeros(codebook.shape[1])
-    centred = torch.where(finite[:, None], codebook - mean, 0)
+    if not finite.all():
+        codebook = torch.where(finite[:, None], codebook, 0)
+    mean = codebook.mean(0)  # any centre would do
+    centred = codebook - mean
     _, exponent = math.frexp(float(centred.abs().max()))
     scale = 1.0  # float64 is not scaled: it leaves its range together with score64
     if codebook.dtype == torch.float32 and not -40 <= exponent <= 40:
         scale = math.ldexp(1.0, -max(-120, min(exponent, 120)))
-    centred = torch.nn.functional.pad(centred * scale, (0, 0, 0, places - size))
-    bias = torch.linalg.vector_norm(centred, dim=1, dtype=torch.float64).square() * -0.5
-    bias = bias.to(codebook.dtype)
-    bias[size:] = -torch.inf
-    bias[:size][~finite] = -torch.inf
-    return mean, scale, centred, bias
+    centred = torch.nn.functional.pad(centred * scale, (0, 0, 0, places - len(codebook)))
+    lengths = torch.linalg.vector_norm(centred, dim=1, dtype=torch.float64)
+    bias = (lengths.square() * -0.5).to(codebook.dtype)
+    bias[len(codebook) :] = -torch.inf
+    bias[: len(codebook)].masked_fill_(~finite, -torch.inf)
+    return mean, scale, centred, bias, float(lengths.max())
 
 
-def _error_bound(centred: torch.Tensor, bias: torch.Tensor):
+def _error_bound(dim: int, dtype: torch.dtype, longest: float):
     """A function of the lengths (N,) of centred rows: how far a score x·c - |c|²/2 of such a row
     may be from its real value, score64's own rounding included.
 
@@ -101,14 +103,12 @@ def _error_bound(centred: torch.Tensor, bias: torch.Tensor):
     D + 1 roundings in the sum, 2 for the centring, 3 for the bias (2D + 8 in all for the bias in
     float64, which is summed in no higher precision); the rest is slack.
     """
-    dim, info = centred.shape[1], torch.finfo(centred.dtype)
+    info = torch.finfo(dtype)
     slack = 1 + 2.0**-8  # for the rounding of the bound itself
     rounding = slack * (dim + 8) * info.eps / 2
     rounding64 = slack * (dim + 3) * 2.0**-53
-    longest = float(torch.linalg.vector_norm(centred, dim=1).max())
-    largest_bias = float(torch.where(bias.isfinite(), bias, 0).abs().max())
-    of_bias = rounding if centred.dtype == torch.float32 else 2 * rounding
-    constant = of_bias * largest_bias + (dim + 2) * info.tiny
+    of_bias = rounding if dtype == torch.float32 else 2 * rounding
+    constant = of_bias * longest * longest / 2 + (dim + 2) * info.tiny
 
     def bound(lengths: torch.Tensor) -> torch.Tensor:
         error = torch.add(lengths, longest).square_().mul_(rounding64).add_(constant)

@@ -560,7 +560,7 @@ def test_sums_take_any_leading_shape(backend, shape):
 
 def test_codes_out_of_range():
     latents, codes = integers(-9, 9, 300, 4), torch.randint(-2, 7, (300,))
-    with pytest.raises(ValueError, match=r"codes \(300,\) must lie in \[0, 5\), not in \[-2, 6\]"):
+    with pytest.raises(ValueError, match=r"codes \(300,\) must lie in \[0, 5\), not \[-2, 6\]"):
         codebook_sums(latents, codes, 5, "torch")
     counts, sums = codebook_sums(latents.to(DEVICE), codes.to(DEVICE), 5, "triton")
     inside = (codes >= 0) & (codes < 5)
