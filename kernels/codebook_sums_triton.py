@@ -28,7 +28,7 @@ def codebook_sums(
     # codes outside become one of their own, K, and its sum is left out
     codes = torch.where((codes >= 0) & (codes < num_codes), codes, num_codes)
     ordered, order = codes.to(narrow).sort(stable=True)
-    edges = torch.arange(num_codes + 2, dtype=torch.int32, device=codes.device)
+    edges = torch.arange(num_codes + 2, dtype=narrow, device=codes.device)
     bounds = torch.searchsorted(ordered, edges)  # code k has the sorted rows [k], [k + 1]
 
     num_blocks = triton.cdiv(len(codes), _BLOCK_N)
