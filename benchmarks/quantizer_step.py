@@ -4,9 +4,12 @@
     python benchmarks/quantizer_step.py --device cuda --json runs/bench/quantizer_step-cuda.json
 
 All contenders start from the same codebook, with counts of one, no revival of unused codes and the
-same decay, so that their codes, gradients and new codebooks can be compared with one closed form;
-`codebook_error` and `gradient_error` are the largest differences. Nothing is captured in a CUDA
-graph: neither is a training step. Shapes: B batch, D code dimension, H, W grid, K codes.
+same decay, so that their codes, gradients and new codebooks can be compared with one closed form,
+the averages of sums and counts divided; `codebook_error` and `gradient_error` are the largest
+differences. The peers smooth the counts before they divide, and their codebook_error shows that.
+Ours also picks the vectors for codes that are to start anew, as a training step does. Nothing is
+captured in a CUDA graph: neither is a training step. Shapes: B batch, D code dimension, H, W grid,
+K codes.
 """
 
 import functools
@@ -20,13 +23,15 @@ from measure import Bench, peer
 from torch.nn import functional as F
 
 from kernels import reference
-from pipeline.models.quantizer import EMAQuantizer, commit
+from pipeline.models.quantizers import EMAQuantizer
+from pipeline.training.codebooks import Codebooks
 
 CASES = {"cpu": [(32, 64, 32, 32)], "cuda": [(128, 64, 64, 64)]}  # B, D, H, W
 SIZE = 512
 DECAY = 0.99
 COMMITMENT = 0.25
-EPSILON = 1e-5  # of the Laplace smoothing of the counts
+EPSILON = 1e-5  # of the Laplace smoothing of the counts, for the peers
+DECAY_IMAGES = 128  # the global batch for which the decay is given, whatever the images here
 TOLERANCE = 1e-5
 
 
@@ -36,13 +41,14 @@ class Ours:
         quantizer = EMAQuantizer(*codebook.shape, decay=DECAY, revival=0.0).to(codebook.device)
         quantizer.codebook.copy_(codebook)
         quantizer.sums.copy_(codebook)
-        quantizer.commits.fill_(1)  # the first commit would replace the codebook
-        self.quantizer = quantizer
+        self.quantizer, self.codebooks = quantizer, Codebooks([quantizer], DECAY_IMAGES)
 
     def __call__(self):
         result = self.quantizer(self.latents)
+        self.codebooks.observe([result], first_image=0, images_seen=0)
+        self.codebooks.start_reduction()
         backward(result.quantized, COMMITMENT * result.commitment, self.latents, self.gradient)
-        commit([self.quantizer], batch_size=128)
+        self.codebooks.commit()
         return result.codes, self.quantizer.codebook
 
 
@@ -123,8 +129,7 @@ def checker(latents, gradient, codebook):
     counts = torch.bincount(codes, minlength=SIZE)[:, None]
     sums = torch.zeros_like(codebook, dtype=torch.float64).index_add_(0, codes, vectors)
     averages = DECAY + counts.double() * (1 - DECAY)
-    smoothed = (averages + EPSILON) / (1 + SIZE * EPSILON / averages.sum())
-    new_codebook = (codebook * DECAY + sums * (1 - DECAY)) / smoothed
+    new_codebook = (codebook * DECAY + sums * (1 - DECAY)) / averages
     pull = 2 * COMMITMENT / vectors.numel() * (vectors - codebook[codes])
     new_gradient = gradient.movedim(1, -1).flatten(0, 2) + pull
 

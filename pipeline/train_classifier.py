@@ -10,6 +10,7 @@ that nothing is tuned on its own yardstick. Started again with the same --out it
 """
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Literal
@@ -34,6 +35,7 @@ from pipeline.training.checkpoint import (
     training_tensors,
 )
 from pipeline.training.schedule import is_due, learning_rate
+from pipeline.training.steps import Steps
 from pipeline.training.tracking import MeanMetrics, Tracker
 from pipeline.training.weight_average import WeightAverage
 
@@ -142,6 +144,9 @@ def main(config: TrainClassifier) -> int:
             checkpoint, resolved, train.index.sha256, model, average.model, adam
         )
     trained, optimizer = accelerator.prepare(model, adam)
+    steps = Steps(accelerator, trained, optimizer, gradient_clip=math.inf)
+    if checkpoint:
+        steps.skipped = checkpoint.state["skipped_steps"]
     accelerator.wait_for_everyone()
 
     def save() -> None:
@@ -149,6 +154,7 @@ def main(config: TrainClassifier) -> int:
             state = {
                 "config": resolved,
                 "data_sha256": train.index.sha256,
+                "skipped_steps": steps.skipped,
                 **stage.provenance(),
             }
             checkpoints.save(images_seen, training_tensors(model, average.model, adam), state)
@@ -178,9 +184,11 @@ def main(config: TrainClassifier) -> int:
     trained.train()
     while images_seen < config.total_images:
         # Step.
+        trained_images = images_seen - steps.skipped * config.batch_size
         rate = learning_rate(
-            images_seen, config.learning_rate, "cosine", config.warmup_images, config.total_images
-        )
+            trained_images, config.learning_rate, "cosine",
+            config.warmup_images, config.total_images,
+        )  # fmt: skip
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = next(batches)
@@ -190,13 +198,11 @@ def main(config: TrainClassifier) -> int:
             mirror = torch.from_numpy(flipped[part(config.batch_size, rank, world)]).to(device)
             images = torch.where(mirror[:, None, None, None], images.flip(-1), images)
         total = loss(trained(images), batch["targets"].to(device), task.kind)
-        optimizer.zero_grad()
-        accelerator.backward(total)
-        distributed.check_finite(accelerator.clip_grad_norm_(model.parameters(), np.inf))
-        optimizer.step()
+        taken = steps.take([total]) is not None
         before, images_seen = images_seen, images_seen + config.batch_size
-        average.update(model, config.batch_size, images_seen)
-        means.add({"classifier/train_loss": total})
+        if taken:
+            average.update(model, config.batch_size, trained_images + config.batch_size)
+            means.add({"classifier/train_loss": total})
         tracker.advance(config.batch_size)
 
         # Report, validate, save.
@@ -204,8 +210,9 @@ def main(config: TrainClassifier) -> int:
         saves = ends or is_due(config.save_every, before, images_seen)
         logs = saves or is_due(config.log_every, before, images_seen)
         validates = not ends and is_due(config.validate_every, before, images_seen)
-        if logs:
+        if logs and means.steps:  # none if all steps since the last line were skipped
             values = means.values(world)
+            values["loss/skipped_steps"] = steps.skipped
             values["schedule/learning_rate"] = rate
             if tracker.enabled:
                 values["throughput/images_per_sec"] = tracker.images_per_sec(images_seen)

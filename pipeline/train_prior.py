@@ -23,13 +23,12 @@ if not __package__:  # run as a script: import from the checkout, not from pipel
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from pipeline import stage
 from pipeline.data.codes import CodeSet, open_codes
 from pipeline.data.loader import training_batches
 from pipeline.models.pixelcnn import PixelCNN, PixelCNNConfig
-from pipeline.training import distributed
+from pipeline.training import distributed, zero
 from pipeline.training.checkpoint import (
     Checkpoints,
     restore_training,
@@ -38,6 +37,7 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.dry_run import report_dry_run
 from pipeline.training.schedule import Schedule, is_due, learning_rate
+from pipeline.training.steps import Steps
 from pipeline.training.tracking import MeanMetrics, Tracker
 from pipeline.training.weight_average import WeightAverage
 
@@ -164,22 +164,11 @@ def nats_per_code(
     for indices in part.split(batch_size):
         arrays = codes.fetch(indices.numpy())
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        with accelerator.autocast():
+        with zero.autocast(accelerator):
             nats = model(**model_inputs(batch, level, accelerator.device))
         total += nats.double() * len(indices)
     distributed.all_reduce_sum(total)
     return float(total) / count
-
-
-def train_step(model, optimizer, inputs: dict, clip: float, accelerator: Accelerator) -> dict:
-    """One optimizer step; returns the metrics as scalar tensors."""
-    nats = model(**inputs)
-    optimizer.zero_grad()
-    accelerator.backward(nats)
-    norm = accelerator.clip_grad_norm_(model.parameters(), clip)
-    distributed.check_finite(norm)
-    optimizer.step()
-    return {"prior/train_nats_per_code": nats.detach(), "gradient/norm": norm}
 
 
 def main(config: TrainPrior) -> int:
@@ -197,13 +186,16 @@ def main(config: TrainPrior) -> int:
     model = model.to(device).to(memory_format=torch.channels_last)
     average = WeightAverage(model, config.average_halflife)
     adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
+    if zero.is_zero(accelerator):
+        zero.configure(accelerator, model, config.batch_size // world, config.gradient_clip)
     trained, optimizer = accelerator.prepare(model, adam)
+    steps = Steps(accelerator, trained, optimizer, config.gradient_clip)
     if config.dry_run:
         arrays = train.fetch(torch.arange(config.batch_size // world).numpy() % len(train))
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         inputs = model_inputs(batch, level, device)
         report_dry_run(
-            lambda: train_step(trained, optimizer, inputs, config.gradient_clip, accelerator),
+            lambda: steps.take([trained(**inputs)]),
             model, config.batch_size, config.total_images, config.save_every, accelerator,
         )  # fmt: skip
         return 0
@@ -213,20 +205,23 @@ def main(config: TrainPrior) -> int:
     resolved = stage.to_dict(config) | {"level": level}  # a number, not an alias
     if checkpoint := checkpoints.newest():
         images_seen = restore_training(
-            checkpoint, resolved, train.index.sha256, model, average.model, adam
+            checkpoint, resolved, train.index.sha256, model, average.model, optimizer
         )
         best = checkpoint.state["best"] or math.inf
+        steps.skipped = checkpoint.state["skipped_steps"]
     accelerator.wait_for_everyone()
 
     def save() -> None:
+        tensors = training_tensors(model, average.model, optimizer)  # collective with ZeRO
         if accelerator.is_main_process:
             state = {
                 "config": resolved,
                 "data_sha256": train.index.sha256,
                 "best": best if math.isfinite(best) else None,
+                "skipped_steps": steps.skipped,
                 **stage.provenance(),
             }
-            checkpoints.save(images_seen, training_tensors(model, average.model, adam), state)
+            checkpoints.save(images_seen, tensors, state)
         accelerator.wait_for_everyone()
 
     if checkpoint is None:
@@ -246,8 +241,9 @@ def main(config: TrainPrior) -> int:
     trained.train()
     while images_seen < config.total_images:
         # Step. Randomness is keyed by position, so a resumed run needs no generator's state.
+        trained_images = images_seen - steps.skipped * config.batch_size
         rate = learning_rate(
-            images_seen, config.learning_rate, config.schedule,
+            trained_images, config.learning_rate, config.schedule,
             config.warmup_images, config.total_images,
         )  # fmt: skip
         for group in optimizer.param_groups:
@@ -255,10 +251,12 @@ def main(config: TrainPrior) -> int:
         torch.manual_seed(dropout_seed(config.seed, images_seen, rank))
         inputs = model_inputs(next(batches), level, device)
         inputs = hide_some_conditions(inputs, config.seed, images_seen, config.batch_size, part)
-        metrics = train_step(trained, optimizer, inputs, config.gradient_clip, accelerator)
+        nats = trained(**inputs)
+        norm = steps.take([nats])
         before, images_seen = images_seen, images_seen + config.batch_size
-        average.update(model, config.batch_size, images_seen)
-        means.add(metrics)
+        if norm is not None:
+            average.update(model, config.batch_size, trained_images + config.batch_size)
+            means.add({"prior/train_nats_per_code": nats, "gradient/norm": torch.as_tensor(norm)})
         tracker.advance(config.batch_size)
 
         # Report, validate, save.
@@ -266,8 +264,9 @@ def main(config: TrainPrior) -> int:
         saves = ends or is_due(config.save_every, before, images_seen)
         logs = saves or is_due(config.log_every, before, images_seen)
         validates = ends or is_due(config.validate_every, before, images_seen)
-        if logs:
+        if logs and means.steps:  # none if all steps since the last line were skipped
             values = means.values(world)
+            values["loss/skipped_steps"] = steps.skipped
             values["schedule/learning_rate"] = rate
             if tracker.enabled:
                 values["throughput/images_per_sec"] = tracker.images_per_sec(images_seen)

@@ -14,11 +14,13 @@ of processes belong to the launcher (ACCELERATE_MIXED_PRECISION=bf16, configs/ac
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the checkout, not from pipeline/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -26,17 +28,25 @@ from pipeline import stage
 from pipeline.data.images import ImageSet, open_images, pixel_variance
 from pipeline.data.loader import training_batches
 from pipeline.evaluation import pictures
-from pipeline.models.quantizer import commit, usage
+from pipeline.models.quantizers import usage
 from pipeline.models.vqvae import VQVAE, VQVAEConfig, loss
-from pipeline.training import distributed
+from pipeline.training import distributed, zero
 from pipeline.training.checkpoint import (
     Checkpoints,
     restore_training,
     save_model,
     training_tensors,
 )
+from pipeline.training.codebooks import (
+    Codebooks,
+    CodebookUse,
+    Part,
+    num_start_images,
+    start_codebooks,
+)
 from pipeline.training.dry_run import report_dry_run
 from pipeline.training.schedule import Schedule, is_due, learning_rate
+from pipeline.training.steps import Steps
 from pipeline.training.tracking import MeanMetrics, Tracker
 from pipeline.training.weight_average import WeightAverage
 
@@ -57,7 +67,9 @@ class TrainVQVAE:
     total_images: int = 160_000
     """Length of the run in images."""
     batch_size: int = 128
-    """Global batch, over all processes."""
+    """Global batch, over all processes and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches per step: less memory, the same result."""
     learning_rate: float = 3e-4
     """Peak learning rate of Adam."""
     schedule: Schedule = "cosine"
@@ -68,6 +80,15 @@ class TrainVQVAE:
     """Largest global norm of the gradient."""
     average_halflife: int = 10_000
     """Half-life of the weight average in images; 0 = no average."""
+    level_dropout: float = 0.0
+    """Share of the images whose decoder sees only some of the levels, from the coarsest on, so
+    that the finest does not take everything."""
+    revival_rest: float = 0.0625
+    """Last part of the run, as a share of it, in which no dead code starts anew: codes settle."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped because a loss or gradient is not finite."""
+    compile: bool = False
+    """Compile the model (torch.compile): minutes at the start, faster steps."""
     seed: int = 0
     """Seed of the initial weights and of the data order."""
     log_every: int = 2_000
@@ -76,6 +97,8 @@ class TrainVQVAE:
     """Images between validations (and reconstruction grids)."""
     save_every: int = 40_000
     """Images between checkpoints."""
+    compare_every: int = 20_000
+    """Images between comparisons of the ranks' codebooks, which have to be the same; 0 = never."""
     workers: int = 0
     """Loader processes; 0 is fastest with the cache."""
     cache: bool = True
@@ -87,6 +110,12 @@ class TrainVQVAE:
         for name in ("image_size", "total_images", "batch_size", "learning_rate", "gradient_clip"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("accumulation", "max_skipped_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("level_dropout", "revival_rest"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         self.model.grids(self.image_size, self.image_size)
 
 
@@ -96,31 +125,39 @@ def validate(
 ) -> dict[str, float]:
     """Validation figures over the whole split, each image once, whatever the number of ranks."""
     rank, world = accelerator.process_index, accelerator.num_processes
+    if len(images) < world:
+        raise stage.UserError(f"{len(images)} validation images are too few for {world} processes")
     part = range(len(images))[distributed.rank_slice(len(images), rank, world)]
     sizes = model.config.codebook_sizes
-    # squared error and PSNR summed over images, then the code counts of all levels
-    sums = torch.zeros(2 + sum(sizes), dtype=torch.float64, device=accelerator.device)
+    sums: list[torch.Tensor | float] = [0.0] * (2 + 2 * len(sizes))
     for start in range(0, len(part), batch_size):
         indices = part[start : start + batch_size]
         batch = pictures.to_unit(images[slice(indices[0], indices[-1] + 1)], accelerator.device)
         output = model(batch)
         mse = (output.reconstructions.clamp(0, 1) - batch).square().mean((1, 2, 3)).double()
-        sums[0] += mse.sum()
-        sums[1] += (-10 * mse.clamp(min=1e-10).log10()).sum()
-        counts = [
-            codes.flatten().bincount(minlength=size)
-            for codes, size in zip(output.codes, sizes, strict=True)
-        ]
-        sums[2:] += torch.cat(counts)
-    distributed.all_reduce_sum(sums)
+        found = [mse.sum(), (-10 * mse.clamp(min=1e-10).log10()).sum()]
+        for level, size in zip(output.levels, sizes, strict=True):
+            vectors = level.vectors.flatten(0, 2).double()
+            # squared error, squared vectors, vectors: what E|z - q|^2 / Var z is made of
+            moments = [level.error.double() * vectors.numel(), vectors.square().sum()]
+            found.append(torch.cat([torch.stack(moments), vectors.sum(0)]))
+            found.append(level.codes.flatten().bincount(minlength=size).double())
+        sums = [total + value for total, value in zip(sums, found, strict=True)]
+    tensors = [torch.as_tensor(value) for value in sums]
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    distributed.all_reduce_sum(flat)
+    squared_error, psnr, *levels = flat.cpu().split([tensor.numel() for tensor in tensors])
     values = {
-        "validation/mse": float(sums[0]) / len(images),
-        "validation/psnr": float(sums[1]) / len(images),
+        "validation/mse": float(squared_error) / len(images),
+        "validation/psnr": float(psnr) / len(images),
     }
-    for level, counts in enumerate(sums[2:].cpu().split(sizes)):
+    for level, (moments, counts) in enumerate(zip(levels[::2], levels[1::2], strict=True)):
         perplexity, _, used = usage(counts)
+        error, squares, mean = moments[0], moments[1], moments[2:] / counts.sum()
+        variance = squares / counts.sum() - mean.square().sum()
         values[f"validation/level{level}/perplexity"] = perplexity
         values[f"validation/level{level}/codes_used"] = used
+        values[f"validation/level{level}/relative_error"] = float(error / counts.sum() / variance)
     return values
 
 
@@ -132,49 +169,85 @@ def reconstruction_grid(model: VQVAE, images: ImageSet, device: torch.device, co
     return pictures.pairs(originals, pictures.to_uint8(reconstructions), columns=8)
 
 
-def train_step(model, optimizer, images, config: TrainVQVAE, variance: float, accelerator):
-    """One optimizer step and one codebook commit. Returns the metrics as scalar tensors, and the
-    codes per level."""
-    output = model(images)
-    total, mse = loss(output, images, variance, config.beta)
-    optimizer.zero_grad()
-    accelerator.backward(total)
-    norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
-    distributed.check_finite(norm)
-    optimizer.step()
-    commit(
-        distributed.unwrap(accelerator, model).quantizers,
-        config.batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
-        distributed.all_reduce_sum if accelerator.num_processes > 1 else None,
-    )
-    metrics = {
-        "loss/total": total,
-        "loss/reconstruction": mse,
-        "loss/commitment": torch.stack(output.commitments).sum(),
-        "gradient/norm": norm,
-    }
-    return {name: value.detach() for name, value in metrics.items()}, output.codes
+def levels_kept(
+    config: TrainVQVAE, images_seen: int, part: slice, device: torch.device
+) -> torch.Tensor | None:
+    """How many levels the decoder sees of each image of this rank (b,), from the coarsest on.
+
+    Drawn for the whole global batch at `images_seen`, so it does not depend on the number of ranks.
+    """
+    levels = config.model.num_levels
+    if config.level_dropout == 0 or levels == 1:
+        return None
+    generator = np.random.Generator(np.random.Philox(key=[config.seed, images_seen]))
+    dropped = generator.random(config.batch_size) < config.level_dropout
+    fewer = generator.integers(1, levels, config.batch_size)
+    return torch.from_numpy(np.where(dropped, fewer, levels)[part]).to(device)
 
 
-def codebook_metrics(counts: list[torch.Tensor]) -> dict[str, float]:
-    """Use of the codes since the last report, from this rank's counts (K,) per level; collective,
-    and starts a new window."""
-    values = {}
-    for level, level_counts in enumerate(counts):
-        distributed.all_reduce_sum(level_counts)
-        perplexity, unused, _ = usage(level_counts.cpu())
-        values[f"codebook/level{level}/perplexity"] = perplexity
-        values[f"codebook/level{level}/unused_fraction"] = unused
-        level_counts.zero_()
-    return values
+def train_step(
+    steps: Steps,
+    codebooks: Codebooks,
+    batch: Part,
+    config: TrainVQVAE,
+    variance: float,
+    images_seen: int,
+    revive: bool = True,
+):
+    """One optimizer step and one commit of the codebooks, over this rank's part of the global batch
+    at `images_seen`. Returns the metrics as scalar tensors, the codes per level, and how many codes
+    started anew per level; or None where all ranks skipped the step."""
+    images, first_image = batch
+    part = slice(first_image, first_image + len(images))
+    kept = levels_kept(config, images_seen, part, images.device)
+    metrics: dict[str, torch.Tensor] = {}
+    codes: list[list[torch.Tensor]] = []
+
+    def losses():
+        size = len(images) // config.accumulation
+        for start in range(0, len(images), size):
+            some = slice(start, start + size)
+            output = steps.model(images[some], None if kept is None else kept[some])
+            total, mse = loss(output, images[some], variance, config.beta)
+            codebooks.observe(output.levels, first_image + start, images_seen)
+            codes.append(output.codes)
+            commitment = torch.stack([level.commitment for level in output.levels]).sum()
+            for name, value in (
+                ("total", total),
+                ("reconstruction", mse),
+                ("commitment", commitment),
+            ):
+                mean = value.detach() / config.accumulation
+                metrics[f"loss/{name}"] = metrics.get(f"loss/{name}", 0) + mean
+            yield total
+
+    norm = steps.take(losses(), codebooks.start_reduction)
+    if norm is None:
+        codebooks.discard()
+        return None
+    revived = codebooks.commit(revive)
+    metrics["gradient/norm"] = torch.as_tensor(norm)
+    return metrics, [torch.cat(level) for level in zip(*codes, strict=True)], revived
+
+
+def place_codes(model: VQVAE, config: TrainVQVAE, batches, accelerator: Accelerator) -> None:
+    """Starts the codebooks by k-means over as many of the first batches as that takes."""
+    grids = config.model.grids(config.image_size, config.image_size)
+    images = num_start_images(config.model.codebook_sizes, [h * w for h, w in grids])
+    count = -(-images // config.batch_size)
+    parts = [
+        Part(part.images, number * config.batch_size + part.first_image)
+        for number, part in zip(range(count), batches, strict=False)
+    ]
+    with zero.autocast(accelerator):
+        start_codebooks(model, parts, count, config.batch_size)
 
 
 def main(config: TrainVQVAE) -> int:
-    accelerator = distributed.make_accelerator()
+    accelerator = distributed.make_accelerator(config.accumulation)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    distributed.check_global_batch(config.batch_size, world)
+    distributed.check_global_batch(config.batch_size, world, config.accumulation)
+    first_image = config.batch_size * rank // world
 
     # Data: rank 0 fills the cache, the others wait for it.
     with accelerator.main_process_first():
@@ -192,32 +265,58 @@ def main(config: TrainVQVAE) -> int:
     model = VQVAE(config.model).to(device).to(memory_format=torch.channels_last)
     average = WeightAverage(model, config.average_halflife)
     adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
+    if config.compile:
+        model.compile()
+    if zero.is_zero(accelerator):
+        zero.configure(
+            accelerator,
+            model,
+            config.batch_size // world // config.accumulation,
+            config.gradient_clip,
+        )
     trained, optimizer = accelerator.prepare(model, adam)
+    steps = Steps(accelerator, trained, optimizer, config.gradient_clip, config.max_skipped_steps)
+    codebooks = Codebooks(model.quantizers, config.batch_size)
     if config.dry_run:
-        batch = pictures.to_unit(train[slice(0, config.batch_size // world)], device)
+        images = pictures.to_unit(train[slice(0, config.batch_size // world)], device)
+        batch = Part(images, first_image)
         report_dry_run(
-            lambda: train_step(trained, optimizer, batch, config, variance, accelerator),
+            lambda: train_step(steps, codebooks, batch, config, variance, 0),
             model, config.batch_size, config.total_images, config.save_every, accelerator,
         )  # fmt: skip
         return 0
+
+    def batches_from(images_seen: int) -> Iterator[Part]:
+        """This rank's parts of the global batches from there on."""
+        batches = training_batches(
+            train.fetch, len(train), batch_size=config.batch_size, seed=config.seed,
+            start=images_seen, rank=rank, world_size=world, workers=config.workers,
+        )  # fmt: skip
+        return (Part(pictures.to_unit(batch["images"], device), first_image) for batch in batches)
 
     # Resume from the newest checkpoint that verifies.
     checkpoints, images_seen = Checkpoints(config.out), 0
     resolved = stage.to_dict(config)
     if checkpoint := checkpoints.newest():
         images_seen = restore_training(
-            checkpoint, resolved, train.index.sha256, model, average.model, adam
+            checkpoint, resolved, train.index.sha256, model, average.model, optimizer
         )
+        steps.skipped = checkpoint.state["skipped_steps"]
+    else:
+        place_codes(model, config, batches_from(0), accelerator)
+        average.model.load_state_dict(model.state_dict())
     accelerator.wait_for_everyone()
 
     def save() -> None:
+        tensors = training_tensors(model, average.model, optimizer)  # collective with ZeRO
         if accelerator.is_main_process:
             state = {
                 "config": resolved,
                 "data_sha256": train.index.sha256,
+                "skipped_steps": steps.skipped,
                 **stage.provenance(),
             }
-            checkpoints.save(images_seen, training_tensors(model, average.model, adam), state)
+            checkpoints.save(images_seen, tensors, state)
         accelerator.wait_for_everyone()
 
     if checkpoint is None:
@@ -229,28 +328,27 @@ def main(config: TrainVQVAE) -> int:
     tracker = Tracker(
         config.out, "vqvae", config.total_images, images_seen, accelerator.is_main_process
     )
-    batches = training_batches(
-        train.fetch, len(train), batch_size=config.batch_size, seed=config.seed,
-        start=images_seen, rank=rank, world_size=world, workers=config.workers,
-    )  # fmt: skip
+    batches = batches_from(images_seen)
     means, validation = MeanMetrics(), {}
-    counts = [torch.zeros(size, device=device) for size in config.model.codebook_sizes]
+    use = CodebookUse(config.model.codebook_sizes, device)
     trained.train()
     while images_seen < config.total_images:
-        # Step.
+        # Step. The schedule's clock stands still in skipped steps; that of the data goes on.
+        trained_images = images_seen - steps.skipped * config.batch_size
         rate = learning_rate(
-            images_seen, config.learning_rate, config.schedule,
+            trained_images, config.learning_rate, config.schedule,
             config.warmup_images, config.total_images,
         )  # fmt: skip
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = pictures.to_unit(next(batches)["images"], device)
-        metrics, codes = train_step(trained, optimizer, batch, config, variance, accelerator)
+        revive = images_seen < config.total_images * (1 - config.revival_rest)
+        found = train_step(steps, codebooks, next(batches), config, variance, images_seen, revive)
         before, images_seen = images_seen, images_seen + config.batch_size
-        average.update(model, config.batch_size, images_seen)
-        means.add(metrics)
-        for level_counts, level_codes in zip(counts, codes, strict=True):
-            level_counts += level_codes.flatten().bincount(minlength=len(level_counts))
+        if found is not None:
+            metrics, codes, revived = found
+            average.update(model, config.batch_size, trained_images + config.batch_size)
+            means.add(metrics)
+            use.add(codes, revived)
         tracker.advance(config.batch_size)
 
         # Report, validate, save.
@@ -258,9 +356,12 @@ def main(config: TrainVQVAE) -> int:
         saves = ends or is_due(config.save_every, before, images_seen)
         logs = saves or is_due(config.log_every, before, images_seen)
         validates = ends or is_due(config.validate_every, before, images_seen)
-        if logs:
-            values = means.values(world) | codebook_metrics(counts)
+        if saves or is_due(config.compare_every, before, images_seen):
+            codebooks.check_equal()
+        if logs and means.steps:  # none if all steps since the last line were skipped
+            values = means.values(world) | use.values()
             values["schedule/learning_rate"] = rate
+            values["loss/skipped_steps"] = steps.skipped
             if tracker.enabled:
                 values["throughput/images_per_sec"] = tracker.images_per_sec(images_seen)
             tracker.log(images_seen, values)

@@ -1,6 +1,7 @@
 """Every YAML fits its stage and round-trips; what a user gets wrong is named in one line."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,14 @@ REQUIRED = {
     "sample_prior": ["--out=o", "--checkpoint=c"],
     "train_classifier": ["--out=o", "--data=d"],
     "evaluate": ["--out=o", "--data=d", "--checkpoint=c", "--judge=j"],
+    "report_levels": ["--out=o", "--data=d", "--checkpoint=c"],
     "run_all": ["--out=o", "--configs=c"],
 }
 
 
 def stage_of(path: Path):
     """The module and config class of the stage that a YAML belongs to."""
-    name = path.stem.split("_level")[0]
+    name = re.sub(r"_level\d+$", "", path.stem)
     module = importlib.import_module(f"pipeline.{name}")
     class_name = "".join(word.capitalize() for word in name.split("_")).replace("Vqvae", "VQVAE")
     return module, getattr(module, class_name)
@@ -40,7 +42,7 @@ def stage_of(path: Path):
 def test_every_yaml_round_trips_through_print_config(path, tmp_path, capsys):
     _, config_type = stage_of(path)
     required = [
-        flag for flag in REQUIRED[path.stem.split("_level")[0]]
+        flag for flag in REQUIRED[re.sub(r"_level\d+$", "", path.stem)]
         if flag[2:].split("=")[0] not in yaml.safe_load(path.read_text())
     ]  # fmt: skip
     config = stage.parse(config_type, [f"--config={path}", *required])
@@ -59,7 +61,7 @@ def test_every_yaml_round_trips_through_print_config(path, tmp_path, capsys):
 )
 def test_every_yaml_builds_its_model(path):
     _, config_type = stage_of(path)
-    required = REQUIRED[path.stem.split("_level")[0]]
+    required = REQUIRED[re.sub(r"_level\d+$", "", path.stem)]
     config = stage.parse(config_type, [*required, f"--config={path}"])
     with torch.device("meta"):
         model = (VQVAE if config_type is TrainVQVAE else PixelCNN)(config.model)

@@ -9,32 +9,73 @@ import pytest
 import torch
 
 from pipeline.models.pixelcnn import PixelCNN, PixelCNNConfig
-from pipeline.models.quantizer import commit
+from pipeline.models.quantizers import PlacedCodes
 from pipeline.models.sampling import gumbel_noise, sample_codes
 from pipeline.models.vqvae import VQVAE, VQVAEConfig, loss
+from pipeline.training.codebooks import Codebooks, Part, start_codebooks
 
 pytestmark = pytest.mark.gpu
 
 
-def test_training_steps_agree_with_the_cpu_in_float64():
-    config = VQVAEConfig(channels=16, residual_channels=8, codebook_size=(32,), code_dim=8)
+SMALL = {"channels": 16, "residual_channels": 8, "code_dim": 8}
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+@pytest.mark.parametrize(
+    "quantizer", [("ema",), ("learned", "cosine"), ("simvq", "fsq"), ("fsq", "ema")]
+)
+def test_training_steps_agree_with_the_cpu_in_float64(quantizer, gradient):
+    """k-means, then steps with revival."""
+    config = VQVAEConfig(
+        codebook_size=(32,), quantizer=quantizer, gradient=gradient, revival=0.5, **SMALL
+    )
     cpu = VQVAE(config).double().train()
     gpu = copy.deepcopy(cpu).cuda()
     images = torch.rand(8, 3, 32, 32, dtype=torch.float64)
-    for _ in range(3):
-        totals = []
-        for model in (cpu, gpu):
-            device = next(model.parameters()).device
-            total, _ = loss(model(images.to(device)), images.to(device), 0.1, 0.25)
-            gradients = torch.autograd.grad(total, list(model.parameters()))
+    found = []
+    for model in (cpu, gpu):
+        batch = images.to(next(model.parameters()).device)
+        start_codebooks(model, [Part(batch, 0)], 1, batch_size=8)
+        codebooks, figures = Codebooks(model.quantizers, batch_size=8), []
+        for step in range(3):
+            output = model(batch)
+            codebooks.observe(output.levels, 0, images_seen=8 * step)
+            codebooks.start_reduction()
+            total, _ = loss(output, batch, 0.1, 0.25)
+            gradients = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
             with torch.no_grad():
-                for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-                    parameter -= 0.01 * gradient
-            commit(model.quantizers, 8)
-            totals.append(total.item())
-        assert totals[0] == pytest.approx(totals[1], rel=1e-9)
-    for a, b in zip(cpu.quantizers, gpu.quantizers, strict=True):
-        torch.testing.assert_close(a.codebook, b.codebook.cpu(), rtol=1e-8, atol=1e-10)
+                for parameter, change in zip(model.parameters(), gradients, strict=True):
+                    if change is not None:
+                        parameter -= 0.01 * change
+            revived = codebooks.commit()
+            assert revived.device == batch.device
+            figures += [total.item(), *revived.tolist()]
+        found.append(figures)
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+    other = gpu.quantizers.state_dict()
+    for name, tensor in cpu.quantizers.state_dict().items():
+        torch.testing.assert_close(tensor, other[name].cpu(), rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("quantizer", ["ema", "learned", "cosine", "fsq", "simvq"])
+def test_a_step_of_the_codebooks_does_not_make_the_host_wait(quantizer):
+    config = VQVAEConfig(codebook_size=(64,), quantizer=(quantizer,), **SMALL)
+    model = VQVAE(config).cuda().train()
+    codebooks = Codebooks(model.quantizers, batch_size=8)
+    latents = torch.randn(8, 8, 16, 16, device="cuda")
+
+    def step():
+        outputs = [level(latents) for level in model.quantizers]
+        codebooks.observe(outputs, 0, 0)
+        codebooks.start_reduction()
+        codebooks.commit()
+
+    step()  # compiles and tunes
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @torch.no_grad()
@@ -48,8 +89,18 @@ def test_samples_are_those_of_the_cpu_in_float64():
     assert torch.equal(drawn.cpu(), expected)
 
 
-def test_the_quantizer_stays_fp32_under_bf16():
-    model = VQVAE(VQVAEConfig(channels=16, residual_channels=8)).cuda().train()
+@pytest.mark.parametrize("quantizer", ["ema", "learned", "cosine", "fsq", "simvq"])
+def test_the_quantizer_stays_fp32_under_bf16(quantizer):
+    config = VQVAEConfig(channels=16, residual_channels=8, quantizer=(quantizer,))
+    model = VQVAE(config).cuda().train()
     with torch.autocast("cuda", torch.bfloat16):
         output = model(torch.rand(2, 3, 64, 64, device="cuda"))
-    assert all(c.dtype == torch.float32 for c in output.commitments)
+        for level, found in zip(model.quantizers, output.levels, strict=True):
+            assert level.lookup(found.codes).dtype == torch.float32
+    codebooks = Codebooks(model.quantizers, batch_size=2)
+    codebooks.observe(output.levels, 0, 0)
+    codebooks.commit()
+    for level, found in zip(model.quantizers, output.levels, strict=True):
+        assert found.quantized.dtype == found.commitment.dtype == torch.float32
+        if isinstance(level, PlacedCodes):
+            assert level.counts.dtype == level.vectors_of_codes().dtype == torch.float32

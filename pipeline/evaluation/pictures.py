@@ -16,9 +16,9 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 
 
 def to_unit(images: torch.Tensor | np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Images (B, H, W, C) uint8 -> (B, C, H, W) float32 in [0, 1], channels last in memory."""
+    """Images (B, H, W, C) uint8 -> (B, C, H, W) in [0, 1], of the default dtype, channels last."""
     pixels = torch.as_tensor(images).to(device, non_blocking=True)
-    return rearrange(pixels, "b h w c -> b c h w").float().div(255)
+    return rearrange(pixels, "b h w c -> b c h w").to(torch.get_default_dtype()).div(255)
 
 
 def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:

@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from pipeline.data.images import ImageSet
 from pipeline.data.order import permute
 from pipeline.evaluation import pictures
-from pipeline.models.quantizer import usage
+from pipeline.models.quantizers import usage
 from pipeline.models.vqvae import VQVAE
 from pipeline.stage import UserError
 

@@ -8,6 +8,7 @@ sampling order: level 0 is the coarsest, the last level the finest. Pixels are i
     reconstruction = decode(e_0 ... e_last)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +16,13 @@ import torch
 from torch import nn
 
 from pipeline.models.blocks import Decoder, Encoder, halvings
-from pipeline.models.quantizer import EMAQuantizer
+from pipeline.models.quantizers import (
+    Gradient,
+    Quantized,
+    QuantizerName,
+    fsq_levels,
+    make_quantizer,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +44,15 @@ class VQVAEConfig:
     """Codes per level, coarse to fine; one value serves all levels."""
     code_dim: int = 64
     """Dimension of a code."""
+    quantizer: tuple[QuantizerName, ...] = ("ema",)
+    """Quantizer per level, coarse to fine; one value serves all levels. ema: codes follow their
+    latents; learned: two-term loss; cosine: codes on the unit sphere; fsq: no codebook; simvq: a
+    frozen table seen through a learned linear map."""
+    gradient: Gradient = "straight_through"
+    """How the decoder's gradient passes a codebook: unchanged, or turned with the rotation that
+    takes the latent to its code."""
     decay: float = 0.99
-    """EMA decay of the codebook for batches of 128 images."""
+    """EMA decay of codes and counts for batches of 128 images."""
     revival: float = 0.1
     """A code used less than this fraction of the uniform share starts anew; 0 = never."""
 
@@ -52,16 +66,20 @@ class VQVAEConfig:
             raise ValueError(f"model.ratios must be 2 or more, got {self.ratios}")
         for ratio in self.ratios:
             halvings(ratio)
-        if len(self.codebook_size) not in (1, len(self.ratios)):
-            raise ValueError(
-                f"model.codebook_size needs one value, or one for each of {len(self.ratios)} levels"
-            )
+        for name in ("codebook_size", "quantizer"):
+            if len(getattr(self, name)) not in (1, len(self.ratios)):
+                raise ValueError(
+                    f"model.{name} needs one value, or one for each of {len(self.ratios)} levels"
+                )
         if not all(1 <= size <= 65536 for size in self.codebook_size):
             raise ValueError(f"model.codebook_size must be in 1..65536, got {self.codebook_size}")
         if not 0 < self.decay < 1:
             raise ValueError(f"model.decay must lie between 0 and 1, got {self.decay}")
         if not 0 <= self.revival < 1:
             raise ValueError(f"model.revival must be in [0, 1), got {self.revival}")
+        for name, size in zip(self.quantizers, self.codebook_sizes, strict=True):
+            if name == "fsq":
+                fsq_levels(size)
 
     @property
     def num_levels(self) -> int:
@@ -70,9 +88,15 @@ class VQVAEConfig:
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
         """Codes per level, one entry per level."""
-        if len(self.codebook_size) == 1:
-            return self.codebook_size * self.num_levels
-        return self.codebook_size
+        return self._per_level(self.codebook_size)
+
+    @property
+    def quantizers(self) -> tuple[QuantizerName, ...]:
+        """Quantizers, one entry per level."""
+        return self._per_level(self.quantizer)
+
+    def _per_level(self, values: tuple) -> tuple:
+        return values * self.num_levels if len(values) == 1 else values
 
     def grids(self, height: int, width: int) -> list[tuple[int, int]]:
         """Code grids (h, w) per level, coarse to fine, for images of this size."""
@@ -86,15 +110,19 @@ class VQVAEConfig:
 
 
 class VQVAEOutput(NamedTuple):
-    """What a forward pass returns; lists are coarse to fine."""
+    """What a forward pass returns."""
 
     reconstructions: torch.Tensor  # (B, C, H, W), about [0, 1], not clamped
-    codes: list[torch.Tensor]  # per level (B, h, w) int64
-    commitments: list[torch.Tensor]  # per level, scalar
+    levels: list[Quantized]  # coarse to fine
+
+    @property
+    def codes(self) -> list[torch.Tensor]:
+        """Per level (B, h, w) int64, coarse to fine."""
+        return [level.codes for level in self.levels]
 
 
 class VQVAE(nn.Module):
-    """The model. `forward` reconstructs; `encode_codes` and `decode_codes` are its two halves."""
+    """The model. `forward` reconstructs; `encode` and `decode` are its two halves."""
 
     def __init__(self, config: VQVAEConfig):
         super().__init__()
@@ -110,7 +138,8 @@ class VQVAE(nn.Module):
             nn.Conv2d(width + (dim if level else 0), dim, 1) for level in range(levels)
         )
         self.quantizers = nn.ModuleList(
-            EMAQuantizer(size, dim, config.decay, config.revival) for size in config.codebook_sizes
+            make_quantizer(name, size, dim, config.decay, config.revival, config.gradient)
+            for name, size in zip(config.quantizers, config.codebook_sizes, strict=True)
         )
         self.conditioners = nn.ModuleList(
             Decoder(dim * (level + 1), dim, *body, config.ratios[level])
@@ -130,22 +159,23 @@ class VQVAE(nn.Module):
             features.append(x)
         return features[::-1]
 
-    def _quantize(self, features: list[torch.Tensor]):
+    def _quantize(self, images: torch.Tensor, kept: torch.Tensor | None = None):
         """Quantizes level by level, coarse to fine; returns the stack of all levels on the finest
-        grid (B, D·levels, h, w), and codes and commitments per level."""
-        stack, codes, commitments = None, [], []
-        for level, h in enumerate(features):
+        grid (B, D·levels, h, w), and what the quantizers returned."""
+        stack, levels = None, []
+        for level, h in enumerate(self.encode_features(images)):
             if stack is not None:
                 h = torch.cat([h, self.conditioners[level - 1](stack)], 1)
             with torch.autocast(h.device.type, enabled=False):
                 # in bf16 neighbouring latents would round together and codes would be lost
                 latents = self.to_latents[level](h.to(torch.promote_types(h.dtype, torch.float32)))
-            quantized, level_codes, commitment = self.quantizers[level](latents)
+            levels.append(self.quantizers[level](latents))
+            quantized = levels[-1].quantized
+            if kept is not None:
+                quantized = quantized * (level < kept)[:, None, None, None]
             stack = self._stack(stack, quantized, level)
-            codes.append(level_codes)
-            commitments.append(commitment)
         assert stack is not None  # there is at least one level
-        return stack, codes, commitments
+        return stack, levels
 
     def _stack(
         self, coarser: torch.Tensor | None, quantized: torch.Tensor, level: int
@@ -155,23 +185,35 @@ class VQVAE(nn.Module):
             return quantized
         return torch.cat([self.upsamplers[level - 1](coarser), quantized], 1)
 
-    def forward(self, images: torch.Tensor) -> VQVAEOutput:
-        """images (B, C, H, W) in [0, 1], H and W divisible by the product of the ratios."""
-        stack, codes, commitments = self._quantize(self.encode_features(images))
-        return VQVAEOutput(self._to_pixels(stack), codes, commitments)
+    def forward(self, images: torch.Tensor, kept: torch.Tensor | None = None) -> VQVAEOutput:
+        """images (B, C, H, W) in [0, 1], H and W divisible by the product of the ratios; kept (B,)
+        int64 in 1..levels: how many levels the decoder sees of an image, from the coarsest on."""
+        stack, levels = self._quantize(images, kept)
+        return VQVAEOutput(self._to_pixels(stack), levels)
+
+    def encode(self, images: torch.Tensor) -> list[Quantized]:
+        """images (B, C, H, W) in [0, 1] -> per level, coarse to fine."""
+        return self._quantize(images)[1]
 
     def encode_codes(self, images: torch.Tensor) -> list[torch.Tensor]:
         """images (B, C, H, W) in [0, 1] -> codes per level (B, h, w) int64, coarse to fine."""
-        return self._quantize(self.encode_features(images))[1]
+        return [level.codes for level in self.encode(images)]
 
-    def decode_codes(self, codes: list[torch.Tensor]) -> torch.Tensor:
-        """codes per level (B, h, w) -> images (B, C, H, W), about [0, 1], not clamped."""
+    def decode(self, quantized: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Codebook vectors per level (B, D, h, w), coarse to fine -> images (B, C, H, W), about
+        [0, 1], not clamped."""
         stack = None
-        for level, level_codes in enumerate(codes):
-            quantizer: Any = self.quantizers[level]
-            stack = self._stack(stack, quantizer.lookup(level_codes), level)
+        for level, vectors in enumerate(quantized):
+            stack = self._stack(stack, vectors, level)
         assert stack is not None  # there is at least one level
         return self._to_pixels(stack)
+
+    def decode_codes(self, codes: Sequence[torch.Tensor]) -> torch.Tensor:
+        """codes per level (B, h, w) -> images (B, C, H, W), about [0, 1], not clamped."""
+        quantizers: Any = self.quantizers
+        return self.decode(
+            [quantizer.lookup(level) for quantizer, level in zip(quantizers, codes, strict=True)]
+        )
 
     def _to_pixels(self, stack: torch.Tensor) -> torch.Tensor:
         return (self.decoder(stack) + 1) / 2
@@ -192,12 +234,14 @@ class _Upsampler(nn.Sequential):
 def loss(
     output: VQVAEOutput, images: torch.Tensor, data_variance: float, beta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The objective of an EMA VQ-VAE, and the plain mean squared error in [0, 1].
+    """The objective of a VQ-VAE, and the plain mean squared error in [0, 1].
 
-        |x - x̂|^2 / var(x) + β sum over levels of |z_e - sg[e]|^2
+        |x - x̂|^2 / var(x) + sum over levels of |sg[z_e] - e|^2 + β |z_e - sg[e]|^2
 
-    all means over pixels, or vectors and dimensions. β stands on the encoder's term only; the
-    codebook's term is replaced by its EMA (van den Oord et al. 2017, eq. 3 and appendix A.1).
+    all means over pixels, or vectors and dimensions (van den Oord et al. 2017, eq. 3). β stands on
+    the encoder's term only; the codebook's term is 0 where an EMA moves the codes.
     """
-    mse = (output.reconstructions.float() - images).square().mean()
-    return mse / data_variance + beta * torch.stack(output.commitments).sum(), mse
+    dtype = torch.promote_types(output.reconstructions.dtype, images.dtype)
+    mse = (output.reconstructions.to(dtype) - images).square().mean()
+    of_levels = [level.codebook_loss + beta * level.commitment for level in output.levels]
+    return mse / data_variance + torch.stack(of_levels).sum(), mse

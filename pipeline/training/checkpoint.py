@@ -23,6 +23,7 @@ from torch import nn
 from pipeline.data.shards import file_sha256, sync
 from pipeline.models import MODELS
 from pipeline.stage import UserError
+from pipeline.training import zero
 
 MANIFEST = "manifest.json"
 Tensors = Mapping[str, torch.Tensor]
@@ -31,7 +32,8 @@ Tensors = Mapping[str, torch.Tensor]
 # step. Everything else is refused by name.
 CHANGEABLE = frozenset(
     {"out", "data", "codes", "total_images", "workers", "cache", "dry_run"}
-    | {"log_every", "validate_every", "save_every"}
+    | {"log_every", "validate_every", "save_every", "compare_every"}
+    | {"accumulation", "compile", "max_skipped_steps"}
 )
 
 
@@ -152,6 +154,8 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict:
     """Adam's moments and step counts as `<parameter name>.<moment>` -> tensor."""
+    if zero.is_partitioned(optimizer):
+        return zero.optimizer_tensors(optimizer, model)
     names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
     return {
         f"{names[parameter]}.{key}": torch.as_tensor(value)
@@ -164,6 +168,9 @@ def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Tensors
 ) -> None:
     """The inverse of `optimizer_tensors`, for an optimizer over the same parameters."""
+    if zero.is_partitioned(optimizer):
+        zero.load_optimizer_tensors(optimizer, model, tensors)
+        return
     names = {parameter: name for name, parameter in model.named_parameters()}
     state = {}
     for index, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):

@@ -1,6 +1,5 @@
 """Processes and devices: one Accelerator, made in one place, and a few collective helpers."""
 
-import math
 import os
 from datetime import timedelta
 from typing import Any
@@ -11,30 +10,40 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from pipeline.stage import UserError
+from pipeline.training import zero
 
 
-def make_accelerator(timeout_sec: int = 600) -> Accelerator:
+def make_accelerator(accumulation: int = 1, timeout_sec: int = 600) -> Accelerator:
     """The Accelerator for this launch: CUDA with NCCL where there is a GPU, else CPU with gloo.
 
-    Buffers are not broadcast: codebooks are kept identical by their own all-reduced statistics,
-    and a broadcast inside forward would hide a fault in them.
+    A step is made of `accumulation` micro-batches. Buffers are not broadcast: codebooks are kept
+    identical by their own all-reduced statistics, and a broadcast would hide a fault in them.
     """
     cpu = not torch.cuda.is_available()
     handlers: list[Any] = [
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     ]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    zero_plugin = zero.make_plugin() if zero.is_requested() else None
+    if zero_plugin or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         backend, timeout = "gloo" if cpu else "nccl", timedelta(seconds=timeout_sec)
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
-    return Accelerator(cpu=cpu, kwargs_handlers=handlers)
+    return Accelerator(
+        cpu=cpu and not zero_plugin,  # with cpu=True accelerate ignores DeepSpeed
+        kwargs_handlers=handlers,
+        gradient_accumulation_steps=accumulation,
+        deepspeed_plugin=zero_plugin,
+    )
 
 
-def check_global_batch(batch_size: int, world_size: int) -> None:
-    """Raises UserError unless every process gets the same share of a global batch."""
-    if batch_size % world_size:
+def check_global_batch(batch_size: int, world_size: int, accumulation: int = 1) -> None:
+    """Raises UserError unless every process gets the same share of a global batch, in equal
+    micro-batches."""
+    if batch_size % (world_size * accumulation):
+        parts = f"{world_size} processes" + (f" x {accumulation} micro-batches") * (
+            accumulation > 1
+        )
         raise UserError(
-            f"batch_size {batch_size} is the global batch and must be divisible by the "
-            f"{world_size} processes"
+            f"batch_size {batch_size} is the global batch and must be divisible by the {parts}"
         )
 
 
@@ -44,16 +53,11 @@ def all_reduce_sum(tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor)
 
 
-def check_finite(gradient_norm: torch.Tensor | float | None) -> None:
-    """Raises UserError on every rank, before anything is updated, if a gradient is not finite.
-
-    The norm is that of the averaged gradients, so all ranks see the same one.
-    """
-    if gradient_norm is not None and not math.isfinite(float(gradient_norm)):
-        raise UserError(
-            "training diverged: the gradient is not finite; lower --learning_rate and start again, "
-            "the newest checkpoint has the last good state"
-        )
+def all_true(flag: torch.Tensor) -> bool:
+    """Whether a boolean scalar is true on every process; the answer is the same on all of them."""
+    false = (~flag).float()
+    all_reduce_sum(false)
+    return not float(false)
 
 
 def rank_slice(count: int, rank: int, world_size: int) -> slice:

@@ -1,0 +1,84 @@
+"""Optimizer steps that all ranks take, or all ranks skip."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from pipeline.stage import UserError
+from pipeline.training import zero
+from pipeline.training.distributed import all_true
+
+
+class Steps:
+    """Takes optimizer steps over one or several micro-batches.
+
+    Where the loss of any rank, or the gradient, is not finite, every rank skips the step: weights,
+    moments and schedule stay as they are. `skipped` counts such steps since the start of the run.
+
+    Args:
+        model: as `accelerator.prepare` returned it; `optimizer` likewise.
+        gradient_clip: largest global norm of the gradient.
+        patience: so many skipped steps in a row end the run.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: Any,
+        optimizer: Any,
+        gradient_clip: float,
+        patience: int = 10,
+    ):
+        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.gradient_clip, self.patience = gradient_clip, patience
+        self.skipped = self._in_a_row = 0
+
+    def take(
+        self, losses: Iterable[torch.Tensor], before_backward: Callable[[], None] | None = None
+    ) -> torch.Tensor | float | None:
+        """One step; returns the gradient's norm before clipping, or None for a skipped step.
+
+        Raises UserError on every rank after `patience` skipped steps in a row.
+
+        Args:
+            losses: the loss of each micro-batch, computed when it is asked for.
+            before_backward: called before the last backward pass, when all ranks know that all
+                losses are finite.
+        """
+        losses, finite = iter(losses), torch.ones((), dtype=torch.bool)
+        for _ in range(self.accelerator.gradient_accumulation_steps):
+            with self.accelerator.accumulate(self.model):
+                loss = next(losses)
+                finite = finite.to(loss.device) & loss.detach().isfinite()
+                if self.accelerator.sync_gradients:
+                    # before this backward: it reduces gradients over the ranks, and DeepSpeed's
+                    # even takes the step
+                    if not all_true(finite):
+                        return self._skip()
+                    if before_backward is not None:
+                        before_backward()
+                self.accelerator.backward(loss)
+        # the norm of gradients that are the same on all ranks, so all decide alike
+        norm: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), self.gradient_clip)
+        if norm is not None and not math.isfinite(float(norm)):
+            return self._skip()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._in_a_row = 0
+        return norm
+
+    def _skip(self) -> None:
+        if zero.is_partitioned(self.optimizer):
+            zero.discard_gradients(self.optimizer)
+        self.optimizer.zero_grad()
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row >= self.patience:
+            raise UserError(
+                f"training diverged: the loss or its gradient was not finite in {self._in_a_row} "
+                "steps in a row; lower --learning_rate and start again, the newest checkpoint has "
+                "the last good state"
+            )
