@@ -36,7 +36,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(SYSTEM_PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed")'
 	$(SYSTEM_PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt '.[dev,deepspeed]'
 	rm -rf build *.egg-info
 	touch $@
 
@@ -48,7 +48,7 @@ $(VENV)/.peers: $(SETUP)
 test-gpu: $(SETUP)
 	$(PYTHON) -m pytest tests/test_gpu.py tests/test_kernels.py
 
-BENCHMARKS := nearest_code codebook_sums quantizer_step
+BENCHMARKS := nearest_code codebook_sums quantizer_step train_step
 
 bench: $(PEERS)
 	for name in $(BENCHMARKS); do \

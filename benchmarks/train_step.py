@@ -133,7 +133,7 @@ class Ours:
     def start_codebooks(self, pixels: torch.Tensor) -> None:
         """k-means, before the first step of a run."""
         with self.accelerator.autocast():
-            start_codebooks(self.model, [self.batch(pixels)], 1, self.config.batch_size)
+            start_codebooks(self.model, [self.batch(pixels)], self.config.batch_size)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels (B, H, W, C) uint8 -> the mean squared error in [0, 1]."""

@@ -34,6 +34,7 @@ from pipeline.training.checkpoint import (
     save_model,
     training_tensors,
 )
+from pipeline.training.collectives import all_reduce_sum, rank_slice
 from pipeline.training.schedule import is_due, learning_rate
 from pipeline.training.steps import Steps
 from pipeline.training.tracking import MeanMetrics, Tracker
@@ -103,14 +104,14 @@ def flips(seed: int, images_seen: int, batch_size: int) -> np.ndarray:
 def predict(model: Classifier, images: ImageSet, accelerator: Accelerator, batch_size: int = 250):
     """Logits (N, A) float64 of the whole split on the CPU, each rank doing its part."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    part = range(len(images))[distributed.rank_slice(len(images), rank, world)]
+    part = range(len(images))[rank_slice(len(images), rank, world)]
     logits = torch.zeros(
         len(images), model.config.num_outputs, dtype=torch.float64, device=accelerator.device
     )
     for start in range(part.start, part.stop, batch_size):
         where = slice(start, min(start + batch_size, part.stop))
         logits[where] = model(pictures.to_unit(images[where], accelerator.device)).double()
-    distributed.all_reduce_sum(logits)
+    all_reduce_sum(logits)
     return logits.cpu()
 
 
@@ -124,7 +125,7 @@ def main(config: TrainClassifier) -> int:
         train = open_images(config.data, "train", config.image_size, cache=config.cache)
         valid = open_images(config.data, "valid", config.image_size, cache=config.cache)
     task, chosen = judge.find_task(train, config.half, config.data)
-    targets, part = judge.targets_of(train, task), distributed.rank_slice
+    targets, part = judge.targets_of(train, task), rank_slice
 
     # Model, average, optimizer.
     torch.manual_seed(config.seed)

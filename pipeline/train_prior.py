@@ -35,6 +35,7 @@ from pipeline.training.checkpoint import (
     save_model,
     training_tensors,
 )
+from pipeline.training.collectives import all_reduce_sum, rank_slice
 from pipeline.training.dry_run import report_dry_run
 from pipeline.training.schedule import Schedule, is_due, learning_rate
 from pipeline.training.steps import Steps
@@ -159,7 +160,7 @@ def nats_per_code(
     with the full condition; each sample once, whatever the number of ranks."""
     rank, world = accelerator.process_index, accelerator.num_processes
     count = min(limit, len(codes)) if limit else len(codes)
-    part = torch.arange(count)[distributed.rank_slice(count, rank, world)]
+    part = torch.arange(count)[rank_slice(count, rank, world)]
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for indices in part.split(batch_size):
         arrays = codes.fetch(indices.numpy())
@@ -167,7 +168,7 @@ def nats_per_code(
         with zero.autocast(accelerator):
             nats = model(**model_inputs(batch, level, accelerator.device))
         total += nats.double() * len(indices)
-    distributed.all_reduce_sum(total)
+    all_reduce_sum(total)
     return float(total) / count
 
 
@@ -237,7 +238,7 @@ def main(config: TrainPrior) -> int:
         train.fetch, len(train), batch_size=config.batch_size, seed=config.seed,
         start=images_seen, rank=rank, world_size=world, workers=config.workers,
     )  # fmt: skip
-    part, means = distributed.rank_slice(config.batch_size, rank, world), MeanMetrics()
+    part, means = rank_slice(config.batch_size, rank, world), MeanMetrics()
     trained.train()
     while images_seen < config.total_images:
         # Step. Randomness is keyed by position, so a resumed run needs no generator's state.

@@ -44,6 +44,7 @@ from pipeline.training.codebooks import (
     num_start_images,
     start_codebooks,
 )
+from pipeline.training.collectives import all_reduce_sum, rank_slice
 from pipeline.training.dry_run import report_dry_run
 from pipeline.training.schedule import Schedule, is_due, learning_rate
 from pipeline.training.steps import Steps
@@ -127,7 +128,7 @@ def validate(
     rank, world = accelerator.process_index, accelerator.num_processes
     if len(images) < world:
         raise stage.UserError(f"{len(images)} validation images are too few for {world} processes")
-    part = range(len(images))[distributed.rank_slice(len(images), rank, world)]
+    part = range(len(images))[rank_slice(len(images), rank, world)]
     sizes = model.config.codebook_sizes
     sums: list[torch.Tensor | float] = [0.0] * (2 + 2 * len(sizes))
     for start in range(0, len(part), batch_size):
@@ -145,7 +146,7 @@ def validate(
         sums = [total + value for total, value in zip(sums, found, strict=True)]
     tensors = [torch.as_tensor(value) for value in sums]
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    distributed.all_reduce_sum(flat)
+    all_reduce_sum(flat)
     squared_error, psnr, *levels = flat.cpu().split([tensor.numel() for tensor in tensors])
     values = {
         "validation/mse": float(squared_error) / len(images),
@@ -233,14 +234,14 @@ def train_step(
 def place_codes(model: VQVAE, config: TrainVQVAE, batches, accelerator: Accelerator) -> None:
     """Starts the codebooks by k-means over as many of the first batches as that takes."""
     grids = config.model.grids(config.image_size, config.image_size)
-    images = num_start_images(config.model.codebook_sizes, [h * w for h, w in grids])
+    images = num_start_images(model.quantizers, [h * w for h, w in grids])
     count = -(-images // config.batch_size)
     parts = [
         Part(part.images, number * config.batch_size + part.first_image)
         for number, part in zip(range(count), batches, strict=False)
     ]
     with zero.autocast(accelerator):
-        start_codebooks(model, parts, count, config.batch_size)
+        start_codebooks(model, parts, config.batch_size)
 
 
 def main(config: TrainVQVAE) -> int:

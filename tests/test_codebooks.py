@@ -290,7 +290,7 @@ def test_the_start_does_not_depend_on_the_number_of_ranks(quantizers, monkeypatc
 
         def start(rank, world_size=world_size):
             own = copy.deepcopy(model)
-            start_codebooks(own, parts_of(images, 3, rank, world_size), 3, batch_size=8)
+            start_codebooks(own, parts_of(images, 3, rank, world_size), batch_size=8)
             return states(own.quantizers)
 
         all_states = ranks.run(start)
@@ -308,7 +308,7 @@ def test_the_start_does_not_depend_on_the_number_of_ranks(quantizers, monkeypatc
 def test_the_start_is_kmeans_of_each_level_after_the_coarser_ones():
     """In any other order the finer latents would still be conditioned on random codes."""
     model, images = tiny_model("ema", "cosine", "learned"), images_of(24)
-    start_codebooks(model, parts_of(images, 3, 0, 1), 3, batch_size=8)
+    start_codebooks(model, parts_of(images, 3, 0, 1), batch_size=8)
     with torch.no_grad():
         outputs = model.encode(images)
     for level, (quantizer, output) in enumerate(zip(model.quantizers, outputs, strict=True)):
@@ -329,15 +329,21 @@ def test_the_start_uses_the_codes_well():
             return [float(o.error / o.vectors.var((0, 1, 2)).mean()) for o in model.encode(images)]
 
     before = shares_of_variance()
-    start_codebooks(model, parts_of(images, 4, 0, 1), 4, batch_size=16)
+    start_codebooks(model, parts_of(images, 4, 0, 1), batch_size=16)
     after = shares_of_variance()
     assert all(b < 0.6 < a for a, b in zip(before, after, strict=True))
 
 
 def test_enough_images_for_every_level():
-    assert num_start_images([512, 512], [64, 256]) == 320  # 40 vectors per code at the coarsest
-    assert num_start_images([16, 4096], [64, 256]) == 640
-    assert num_start_images([3], [1000]) == 1
+    def images(sizes, vectors, names=("ema", "learned")):
+        made = [make_quantizer(n, k, 4, 0.9, 0.1, "straight_through") for n, k in zip(names, sizes)]
+        return num_start_images(made, vectors)
+
+    assert images([512, 512], [64, 256]) == 320  # 40 vectors per code at the coarsest
+    assert images([16, 4096], [64, 256]) == 640
+    assert images([3], [1000], ["ema"]) == 1
+    assert images([512, 64], [64, 256], ["fsq", "ema"]) == 10  # no codes are placed at level 0
+    assert images([512], [64], ["simvq"]) == 0
 
 
 # Statistics and commits.

@@ -35,7 +35,7 @@ def test_training_steps_agree_with_the_cpu_in_float64(quantizer, gradient):
     found = []
     for model in (cpu, gpu):
         batch = images.to(next(model.parameters()).device)
-        start_codebooks(model, [Part(batch, 0)], 1, batch_size=8)
+        start_codebooks(model, [Part(batch, 0)], batch_size=8)
         codebooks, figures = Codebooks(model.quantizers, batch_size=8), []
         for step in range(3):
             output = model(batch)

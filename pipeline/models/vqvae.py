@@ -10,7 +10,7 @@ sampling order: level 0 is the coarsest, the last level the finest. Pixels are i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -73,6 +73,11 @@ class VQVAEConfig:
                 )
         if not all(1 <= size <= 65536 for size in self.codebook_size):
             raise ValueError(f"model.codebook_size must be in 1..65536, got {self.codebook_size}")
+        for name in ("quantizer", "gradient"):
+            known = {"quantizer": get_args(QuantizerName), "gradient": get_args(Gradient)}[name]
+            values = self.quantizer if name == "quantizer" else (self.gradient,)
+            if not set(values) <= set(known):
+                raise ValueError(f"model.{name} must be of {', '.join(known)}, got {values}")
         if not 0 < self.decay < 1:
             raise ValueError(f"model.decay must lie between 0 and 1, got {self.decay}")
         if not 0 <= self.revival < 1:
@@ -162,7 +167,7 @@ class VQVAE(nn.Module):
     def _quantize(self, images: torch.Tensor, kept: torch.Tensor | None = None):
         """Quantizes level by level, coarse to fine; returns the stack of all levels on the finest
         grid (B, D·levels, h, w), and what the quantizers returned."""
-        stack, levels = None, []
+        stack, seen, levels = None, None, []
         for level, h in enumerate(self.encode_features(images)):
             if stack is not None:
                 h = torch.cat([h, self.conditioners[level - 1](stack)], 1)
@@ -171,11 +176,12 @@ class VQVAE(nn.Module):
                 latents = self.to_latents[level](h.to(torch.promote_types(h.dtype, torch.float32)))
             levels.append(self.quantizers[level](latents))
             quantized = levels[-1].quantized
-            if kept is not None:
-                quantized = quantized * (level < kept)[:, None, None, None]
             stack = self._stack(stack, quantized, level)
+            if kept is not None:  # finer latents are conditioned on all coarser levels as ever
+                shown = quantized * (level < kept)[:, None, None, None]
+                seen = self._stack(seen, shown, level)
         assert stack is not None  # there is at least one level
-        return stack, levels
+        return stack if seen is None else seen, levels
 
     def _stack(
         self, coarser: torch.Tensor | None, quantized: torch.Tensor, level: int

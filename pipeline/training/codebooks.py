@@ -18,7 +18,7 @@ from torch import nn
 
 from kernels import codebook_sums, nearest_code
 from pipeline.models.quantizers import PlacedCodes, Quantized, Quantizer, Statistics, usage
-from pipeline.training.distributed import all_reduce_sum
+from pipeline.training.collectives import all_reduce_sum, alone
 
 KMEANS_ITERATIONS = 10
 VECTORS_PER_CODE = 40  # for k-means; with fewer the means are noise
@@ -42,19 +42,23 @@ class Codebooks:
         quantizers = list(quantizers)
         self.levels = [(n, q) for n, q in enumerate(quantizers) if isinstance(q, PlacedCodes)]
         self.num_levels, self.batch_size = len(quantizers), batch_size
-        self.device = self.levels[0][1].counts.device if self.levels else torch.device("cpu")
+        self.device = next(quantizers[0].buffers()).device
+        self.reduction: dist.Work | None = None
         self.discard()
 
     def discard(self) -> None:
         """Forgets what was observed since the last commit."""
+        if self.reduction is not None:
+            self.reduction.wait()  # the other ranks are in it as well
         self.statistics: list[Statistics] = []
         self.flat: torch.Tensor | None = None
-        self.reduction: dist.Work | None = None
+        self.reduction = None
 
     @torch.no_grad()
     def observe(self, outputs: Sequence[Quantized], first_image: int, images_seen: int) -> None:
         """Adds a micro-batch: the outputs of all levels for images `first_image` ... of the global
         batch that begins at `images_seen`."""
+        assert self.reduction is None, "observe() after start_reduction()"
         found = []
         for level, quantizer in self.levels:
             vectors, codes = outputs[level].vectors, outputs[level].codes
@@ -71,7 +75,8 @@ class Codebooks:
 
     def start_reduction(self) -> None:
         """Starts summing over the ranks; every rank has to call it at the same place."""
-        if _alone() or not self.levels:
+        assert self.reduction is None, "start_reduction() twice in a step"
+        if alone() or not self.levels:
             return
         self.flat = torch.cat([part.flatten() for level in self.statistics for part in level])
         self.reduction = dist.all_reduce(self.flat, async_op=True)
@@ -79,6 +84,7 @@ class Codebooks:
     def commit(self, revive: bool = True) -> torch.Tensor:
         """Updates the codebooks; returns how many codes of each level started anew (levels,)."""
         statistics = self.statistics
+        assert alone() or not self.levels or self.reduction, "commit() before start_reduction()"
         if self.reduction is not None and self.flat is not None:
             self.reduction.wait()
             parts = iter(self.flat.split([p.numel() for level in statistics for p in level]))
@@ -94,7 +100,7 @@ class Codebooks:
     @torch.no_grad()
     def check_equal(self) -> None:
         """Raises RuntimeError on every rank, naming level and ranks, where codebooks differ."""
-        if _alone() or not self.levels:
+        if alone() or not self.levels:
             return
         hashes = [_hash(quantizer) for _, quantizer in self.levels]
         own = torch.tensor(hashes, device=self.device)
@@ -105,9 +111,11 @@ class Codebooks:
         for column, (level, _) in enumerate(self.levels):
             ranks = torch.nonzero(table[:, column] != usual[column]).flatten().tolist()
             if ranks:
+                # of two ranks nobody can tell which one is wrong
+                where = ", ".join(map(str, ranks)) if len(table) > 2 else "0 or 1"
                 raise RuntimeError(
-                    f"the codebook of level {level} on rank {', '.join(map(str, ranks))} differs "
-                    f"from that of the other ranks; the newest checkpoint is of rank 0"
+                    f"the codebook of level {level} on rank {where} differs from that of the "
+                    "others; start again, the newest checkpoint holds the last state compared"
                 )
 
 
@@ -115,7 +123,7 @@ class CodebookUse:
     """How the codes were used since the last report, for the metrics."""
 
     def __init__(self, num_codes: Sequence[int], device: torch.device):
-        self.counts = [torch.zeros(count, device=device) for count in num_codes]
+        self.counts = [torch.zeros(count, dtype=torch.int64, device=device) for count in num_codes]
         self.revived = torch.zeros(len(num_codes), device=device)
 
     def add(self, codes: Sequence[torch.Tensor], revived: torch.Tensor) -> None:
@@ -146,26 +154,28 @@ class Part(NamedTuple):
 
 
 @torch.no_grad()
-def start_codebooks(model, parts: Sequence[Part], num_batches: int, batch_size: int) -> None:
+def start_codebooks(model, parts: Sequence[Part], batch_size: int) -> None:
     """Places the codes of every level by k-means over the first batches of all ranks.
 
-    Level by level, coarse to fine, because finer latents depend on the coarser codes.
+    Level by level, coarse to fine, because finer latents depend on the coarser codes. A level takes
+    no more batches than its codes need.
 
     Args:
         model: a VQVAE, or anything with its `quantizers` and `encode`.
-        parts: what this rank has of the batches.
-        num_batches: how many global batches of `batch_size` images they are parts of.
+        parts: what this rank has of the first global batches, a part of each.
+        batch_size: images of a global batch.
     """
     for level, quantizer in enumerate(model.quantizers):
         if not isinstance(quantizer, PlacedCodes):
             continue
-        grids = [model.encode(part.images)[level].vectors for part in parts]
-        per_image = grids[0][0, ..., 0].numel()
-        vectors = [
-            (grid.flatten(0, 2), part.first_image * per_image)
-            for grid, part in zip(grids, parts, strict=True)
-        ]
-        total = num_batches * batch_size * per_image
+        vectors, total, num_batches = [], 0, 0
+        for part in parts:
+            grid = model.encode(part.images)[level].vectors  # (b, h, w, D)
+            per_image = grid[0, ..., 0].numel()
+            vectors.append((grid.flatten(0, 2), part.first_image * per_image))
+            total, num_batches = total + batch_size * per_image, num_batches + 1
+            if total >= VECTORS_PER_CODE * quantizer.num_codes:
+                break
         centres, counts = kmeans(vectors, total, quantizer, seed=level)
         everywhere = torch.ones_like(counts, dtype=torch.bool)
         # the count of a code that k-means left empty is that of an unused one, not zero
@@ -188,7 +198,7 @@ def kmeans(
     size = quantizer.num_codes
 
     def random_rows(iteration: int) -> torch.Tensor:
-        rows = draw_rows(size, total, seed * KMEANS_ITERATIONS + iteration)
+        rows = draw_rows(size, total, seed * (KMEANS_ITERATIONS + 1) + iteration)
         return sum(pick(piece, rows, first) for piece, first in vectors)  # pyright: ignore
 
     centres = random_rows(0)
@@ -209,18 +219,23 @@ def kmeans(
     return centres, counts
 
 
-def num_start_images(num_codes: Sequence[int], vectors_per_image: Sequence[int]) -> int:
-    """Images that k-means needs for its codes at every level."""
-    pairs = zip(num_codes, vectors_per_image, strict=True)
-    return max(-(-VECTORS_PER_CODE * codes // vectors) for codes, vectors in pairs)
+def num_start_images(quantizers: Iterable[nn.Module], vectors_per_image: Sequence[int]) -> int:
+    """Images that k-means needs for the codes of every level; 0 where no codes are placed."""
+    images = [0]
+    for quantizer, vectors in zip(quantizers, vectors_per_image, strict=True):
+        if isinstance(quantizer, PlacedCodes):
+            images.append(-(-VECTORS_PER_CODE * quantizer.num_codes // vectors))
+    return max(images)
 
 
 def draw_rows(count: int, total: int, seed: int) -> torch.Tensor:
     """One random row of each of `count` equal parts of `total` rows: (count,) int64, the same on
     every rank. They are distinct where there are as many rows."""
     generator = torch.Generator().manual_seed(seed)
-    places = torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)
-    return (places * (total / count)).long().clamp(max=total - 1)
+    bounds = torch.arange(count + 1) * total // count
+    sizes = bounds.diff()
+    places = torch.rand(count, generator=generator, dtype=torch.float64)
+    return bounds[:-1] + (places * sizes).long()
 
 
 def pick(vectors: torch.Tensor, rows: torch.Tensor, first: int) -> torch.Tensor:
@@ -229,10 +244,6 @@ def pick(vectors: torch.Tensor, rows: torch.Tensor, first: int) -> torch.Tensor:
     local = (rows - first).to(vectors.device, non_blocking=True)
     mine = (local >= 0) & (local < len(vectors))
     return torch.where(mine[:, None], vectors[local.clamp(0, len(vectors) - 1)], 0)
-
-
-def _alone() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
 
 
 def _hash(quantizer: Quantizer) -> int:

@@ -1,11 +1,10 @@
-"""Processes and devices: one Accelerator, made in one place, and a few collective helpers."""
+"""Processes and devices: one Accelerator, made in one place."""
 
 import os
 from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -23,6 +22,8 @@ def make_accelerator(accumulation: int = 1, timeout_sec: int = 600) -> Accelerat
     handlers: list[Any] = [
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     ]
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise UserError("mixed precision fp16 is not supported, use bf16: --mixed_precision bf16")
     zero_plugin = zero.make_plugin() if zero.is_requested() else None
     if zero_plugin or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         backend, timeout = "gloo" if cpu else "nccl", timedelta(seconds=timeout_sec)
@@ -45,24 +46,6 @@ def check_global_batch(batch_size: int, world_size: int, accumulation: int = 1) 
         raise UserError(
             f"batch_size {batch_size} is the global batch and must be divisible by the {parts}"
         )
-
-
-def all_reduce_sum(tensor: torch.Tensor) -> None:
-    """Sums a tensor over all processes in place; nothing to do with one process."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-
-
-def all_true(flag: torch.Tensor) -> bool:
-    """Whether a boolean scalar is true on every process; the answer is the same on all of them."""
-    false = (~flag).float()
-    all_reduce_sum(false)
-    return not float(false)
-
-
-def rank_slice(count: int, rank: int, world_size: int) -> slice:
-    """This rank's contiguous part of `count` items; the parts differ by at most one item."""
-    return slice(count * rank // world_size, count * (rank + 1) // world_size)
 
 
 def unwrap(accelerator: Accelerator, model: Any) -> Any:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from pipeline.stage import UserError
 from pipeline.training import zero
-from pipeline.training.distributed import all_true
+from pipeline.training.collectives import all_true
 
 
 class Steps:

@@ -16,7 +16,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pipeline.training.distributed import all_reduce_sum
+from pipeline.training.collectives import all_reduce_sum
 
 TAGS = {
     "loss/total": "the objective",

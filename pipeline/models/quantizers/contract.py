@@ -60,10 +60,11 @@ class NearestCode(Quantizer):
     """A quantizer that takes the nearest row of a table, `vectors_of_codes`."""
 
     gradient: Gradient = "straight_through"
+    learns_codes = False  # whether a gradient moves the table
 
     @abstractmethod
     def vectors_of_codes(self) -> torch.Tensor:
-        """The table (K, D); with a gradient where one moves it."""
+        """The table (K, D)."""
 
     def project(self, vectors: torch.Tensor, dim: int) -> torch.Tensor:
         """Puts vectors where the codes live; `dim` is the dimension of size D."""
@@ -77,7 +78,7 @@ class NearestCode(Quantizer):
             codes = nearest_code(vectors, table.detach())
             quantized = F.embedding(codes, table).movedim(-1, 1)
             commitment = (latents - quantized.detach()).square().mean()
-            if table.requires_grad:
+            if self.learns_codes:
                 codebook_loss = (latents.detach() - quantized).square().mean()
             else:
                 codebook_loss = torch.zeros_like(commitment)
@@ -88,7 +89,8 @@ class NearestCode(Quantizer):
         return Quantized(quantized, codes, commitment, codebook_loss, vectors, error)
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
-        return F.embedding(codes, self.vectors_of_codes()).movedim(-1, 1)
+        with torch.autocast(codes.device.type, enabled=False):
+            return F.embedding(codes, self.vectors_of_codes()).movedim(-1, 1)
 
 
 class PlacedCodes(NearestCode):
@@ -135,7 +137,7 @@ class PlacedCodes(NearestCode):
 
 def straight_through(latents: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
     """`quantized` with the gradient of `latents` (van den Oord et al. 2017, section 3.2)."""
-    return latents + (quantized - latents).detach()
+    return quantized + (latents - latents.detach())  # the very code, as `lookup` gives it
 
 
 def rotation(latents: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
@@ -144,17 +146,22 @@ def rotation(latents: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
     Both (B, D, ...). The gradient turns with the rotation R that takes z to e:
     q = (|e|/|z|) R z with R = I - 2 r r' + 2 ê ẑ', r = (ẑ + ê)/|ẑ + ê|.
     """
-    tiny = torch.finfo(latents.dtype).tiny
+    info = torch.finfo(latents.dtype)
     with torch.no_grad():
-        old_norm = latents.norm(dim=1, keepdim=True).clamp(min=tiny)
         new_norm = quantized.norm(dim=1, keepdim=True)
-        old, new = latents / old_norm, quantized / new_norm.clamp(min=tiny)
+        # a latent near zero has no direction, and would scale its gradient beyond all bounds
+        old_norm = latents.norm(dim=1, keepdim=True)
+        old_norm = torch.maximum(old_norm, info.eps * new_norm).clamp(min=info.tiny)
+        old, new = latents / old_norm, quantized / new_norm.clamp(min=info.tiny)
         middle = old + new
-        middle = middle / middle.norm(dim=1, keepdim=True).clamp(min=tiny)
+        length = middle.norm(dim=1, keepdim=True)
+        # of opposite directions only rounding is left; without it R is the reflection of z to e
+        middle = torch.where(length > info.eps**0.5, middle / length, 0)
         scale = new_norm / old_norm
     along_middle = (middle * latents).sum(1, keepdim=True)
     along_old = (old * latents).sum(1, keepdim=True)
-    return scale * (latents - 2 * middle * along_middle + 2 * new * along_old)
+    turned = scale * (latents - 2 * middle * along_middle + 2 * new * along_old)
+    return quantized + (turned - turned.detach())  # the very code, as `lookup` gives it
 
 
 def usage(counts: torch.Tensor) -> tuple[float, float, int]:

@@ -37,9 +37,10 @@ class EMAQuantizer(PlacedCodes):
 
     def follow(self, statistics: Statistics, decay: float) -> None:
         self.sums.lerp_(statistics.sums, 1 - decay)
-        # An unused code's count and sum shrink alike, and it stays where it is; until they vanish.
-        counts = self.counts[:, None]
-        self.codebook.copy_(torch.where(counts > 1e-30, self.sums / counts, self.codebook))
+        # An unused code's count and sum shrink alike, but for their rounding: it stays where it is.
+        used = statistics.counts[:, None] > 0
+        means = self.sums / self.counts[:, None]
+        self.codebook.copy_(torch.where(used, means, self.codebook))
 
     def place(self, which: torch.Tensor, vectors: torch.Tensor, counts: torch.Tensor) -> None:
         # in place, and without reading from the device which codes they are

@@ -12,20 +12,21 @@ def fsq_levels(num_codes: int) -> tuple[int, ...]:
     """Levels per dimension whose product is the codebook size: as few dimensions of at most 8
     levels as possible, as even as possible, e.g. 512 = 8·8·8, 1000 = 8·5·5·5, 128 = 8·4·4.
 
-    Raises ValueError if the size has a prime factor above 7.
+    Raises ValueError if there is no such product, e.g. for a prime above 7. Two levels are not
+    used: their threshold lies where the tanh is flat.
     """
 
     def factorings(rest: int, largest: int):
         if rest == 1:
             yield ()
-        for factor in range(min(rest, largest), 1, -1):
+        for factor in range(min(rest, largest), 2, -1):
             if rest % factor == 0:
                 yield from ((factor, *others) for others in factorings(rest // factor, factor))
 
     found = list(factorings(num_codes, 8))
-    if not found or num_codes < 2:
+    if not found or num_codes < 3:
         raise ValueError(
-            f"model.codebook_size {num_codes} is not a product of numbers from 2 to 8, which fsq "
+            f"model.codebook_size {num_codes} is not a product of numbers from 3 to 8, which fsq "
             "needs; choose a power of two, or 240, 1000, 4375, 15360, 64000"
         )
     return min(found, key=lambda levels: (len(levels), -min(levels)))
@@ -49,6 +50,8 @@ class FSQQuantizer(Quantizer):
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("digits", torch.tensor(digits), persistent=False)
         self.to_levels = nn.Linear(code_dim, len(levels))
+        # louder than by default, else all latents of a fresh encoder are rounded to one code
+        nn.init.normal_(self.to_levels.weight)
         self.from_levels = nn.Linear(len(levels), code_dim)
 
     def _bounded(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -62,10 +65,11 @@ class FSQQuantizer(Quantizer):
 
     def forward(self, latents: torch.Tensor) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
-            dtype = torch.promote_types(latents.dtype, self.to_levels.weight.dtype)
-            bounded = self._bounded(self.to_levels(latents.to(dtype).movedim(1, -1)))
+            latents = latents.to(self.to_levels.weight.dtype)
+            bounded = self._bounded(self.to_levels(latents.movedim(1, -1)))
             rounded = bounded.round().detach()
             codes = ((rounded + self.levels // 2).long() * self.digits).sum(-1)
+            codes = codes.clamp(0, self.num_codes - 1)  # also where a latent is not a number
             error = (bounded.detach() - rounded).square().mean()
             passed = bounded + (rounded - bounded).detach() if self.training else rounded
             quantized = self._from_rounded(passed)
@@ -74,7 +78,8 @@ class FSQQuantizer(Quantizer):
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
         digits = codes[..., None] // self.digits % self.levels
-        return self._from_rounded((digits - self.levels // 2).to(self.to_levels.weight.dtype))
+        with torch.autocast(codes.device.type, enabled=False):
+            return self._from_rounded((digits - self.levels // 2).to(self.to_levels.weight.dtype))
 
     def _from_rounded(self, rounded: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dimensions) -> (B, D, H, W), scaled to about [-1, 1] before the linear map."""

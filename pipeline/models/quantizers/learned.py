@@ -13,10 +13,11 @@ class LearnedQuantizer(PlacedCodes):
 
     A code is where it was put last (`anchors`, a buffer) plus how far the optimizer has moved it
     (`moves`, a parameter). So a dead code starts anew without touching what an optimizer holds:
-    ZeRO keeps its own copy of every parameter and would undo a change to one. The moments of a
-    code that nothing falls to have decayed to nothing by then.
+    ZeRO keeps its own copy of every parameter and would undo a change to one. Adam's moments of a
+    code that nothing has fallen to for a while are next to nothing, and need no reset.
     """
 
+    learns_codes = True
     anchors: torch.Tensor
 
     def __init__(
@@ -34,6 +35,7 @@ class LearnedQuantizer(PlacedCodes):
     def vectors_of_codes(self) -> torch.Tensor:
         return self.anchors + self.moves
 
+    @torch.no_grad()
     def place(self, which: torch.Tensor, vectors: torch.Tensor, counts: torch.Tensor) -> None:
         self.anchors.copy_(torch.where(which[:, None], vectors - self.moves, self.anchors))
         self.counts.copy_(torch.where(which, counts, self.counts))

@@ -12,6 +12,7 @@ class SimVQQuantizer(NearestCode):
     """Codes are the rows of C W with C frozen and random: a gradient for one code moves all of
     them, so none is left behind, and there is nothing to start by k-means or to revive."""
 
+    learns_codes = True
     basis: torch.Tensor
 
     def __init__(self, num_codes: int, code_dim: int, gradient: Gradient = "straight_through"):
