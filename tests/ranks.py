@@ -15,13 +15,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_training(
-    world_size: int, *flags, dtype: str = "float32", fault: str = "", check: bool = True
+    world_size: int,
+    *flags,
+    dtype: str = "float32",
+    fault: str = "",
+    engine: str = "",
+    precision: str = "no",
+    check: bool = True,
 ) -> list[subprocess.CompletedProcess]:
     """Runs all ranks to their end; returns their results by rank.
 
     Args:
         fault: `nan:RANK:STEP[:STEP...]` makes the loss of that rank's steps NaN; `codebook:RANK`
             shifts a codebook of that rank after the third step.
+        engine: `zero1` or `zero2`, else DDP.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -32,7 +39,11 @@ def run_training(
             **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1",
             "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "FAULT": fault, "DTYPE": dtype,
+            "ACCELERATE_MIXED_PRECISION": precision,
         }  # fmt: skip
+        if engine:
+            env["ACCELERATE_USE_DEEPSPEED"] = "true"
+            env["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = f"configs/deepspeed/{engine}.json"
         command = [sys.executable, __file__, *map(str, flags)]
         processes.append(
             subprocess.Popen(

@@ -142,6 +142,8 @@ LAUNCHES = {
         "-m", "accelerate.commands.launch", f"--config_file={ROOT}/configs/accelerate/cpu1.yaml"),
     "accelerate, two processes": (
         "-m", "accelerate.commands.launch", f"--config_file={ROOT}/configs/accelerate/cpu2.yaml"),
+    "accelerate, ZeRO-2": (
+        "-m", "accelerate.commands.launch", f"--config_file={ROOT}/configs/accelerate/zero2.yaml"),
 }  # fmt: skip
 
 
@@ -150,6 +152,8 @@ def test_every_launch_form_from_another_directory(form, face_shards, tmp_path):
     """torchrun with two ranks is in the tests above."""
     flags = [f"--config={ROOT}/configs/debug/train_vqvae.yaml", f"--data={face_shards}",
              f"--out={tmp_path}/out", "--total_images=32"]  # fmt: skip
+    if "ZeRO" in form:
+        pytest.importorskip("deepspeed")
     if form == "python -m":
         result = run_stage_as_module(flags, tmp_path)
     else:

@@ -18,6 +18,7 @@ from torch import nn
 
 from kernels import codebook_sums, nearest_code
 from pipeline.models.quantizers import PlacedCodes, Quantized, Quantizer, Statistics, usage
+from pipeline.models.quantizers.contract import FRESH_MARGIN
 from pipeline.training.collectives import all_reduce_sum, alone
 
 KMEANS_ITERATIONS = 10
@@ -177,9 +178,11 @@ def start_codebooks(model, parts: Sequence[Part], batch_size: int) -> None:
             if total >= VECTORS_PER_CODE * quantizer.num_codes:
                 break
         centres, counts = kmeans(vectors, total, quantizer, seed=level)
-        everywhere = torch.ones_like(counts, dtype=torch.bool)
-        # the count of a code that k-means left empty is that of an unused one, not zero
-        quantizer.place(everywhere, centres, (counts / num_batches).clamp(min=1e-3))
+        # As fresh ones, not with the counts of k-means: the latents of an encoder that begins to
+        # learn move away, and codes of a small count follow them, or are soon found dead.
+        share = total / num_batches / quantizer.num_codes
+        fresh = torch.full_like(counts, share * (FRESH_MARGIN * quantizer.revival or 1.0))
+        quantizer.place(torch.ones_like(counts, dtype=torch.bool), centres, fresh)
 
 
 def kmeans(
