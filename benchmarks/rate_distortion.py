@@ -39,6 +39,7 @@ RUNS = {  # what each row changes in the config
     "simvq": {"model.quantizer": ["simvq"]},
     "ema, rotation": {"model.gradient": "rotation"},
     "no revival": {"model.revival": 0.0},
+    "level dropout 0.1": {"level_dropout": 0.1},
 }
 
 

@@ -82,10 +82,13 @@ def test_two_ranks_equal_one(face_shards, tmp_path):
         assert first[0][tag] == pytest.approx(second[0][tag], rel=1e-5)
         # after one update of weights and codebook: wrong without either of the all-reduces
         assert first[1][tag] == pytest.approx(second[1][tag], rel=1e-3)
-    assert_same_tensors(
-        tmp_path / "one" / "checkpoints/images-000000000",
-        tmp_path / "two" / "checkpoints/images-000000000",
+    start, other = (
+        tensors_of(tmp_path / n / "checkpoints/images-000000000") for n in ("one", "two")
     )
+    assert start.keys() == other.keys()
+    for name in start:  # the weights, bit for bit; k-means adds up in another order
+        tolerance = 1e-5 if "quantizers" in name else 0
+        torch.testing.assert_close(start[name], other[name], rtol=0, atol=tolerance, msg=name)
     names = tensors_of(tmp_path / "two" / "final")
     assert not any("module." in name for name in names)
     status = json.loads((tmp_path / "two" / "status.json").read_text())
