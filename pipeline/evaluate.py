@@ -63,20 +63,6 @@ class Evaluate:
             )
 
 
-def make_extractors(config: Evaluate, device: torch.device) -> list[extractors.Extractor]:
-    """The judge, and Inception where there are weights; says in one line when there are none."""
-    found = [extractors.judge_extractor(config.judge, device)] if config.judge else []
-    if weights := extractors.find_inception_weights(config.inception_weights):
-        return [
-            *found, extractors.inception_extractor(weights, device, config.extractor_sha256)
-        ]  # fmt: skip
-    way_out = f"for FID give --inception_weights PATH ({extractors.PUBLISHED_FILE})"
-    if not found:
-        raise stage.UserError(f"no features to score on: {way_out}, or --judge for the judge's")
-    print(f"no Inception weights, scoring on the judge's features alone; {way_out}")
-    return found
-
-
 def describe(path: Path) -> dict:
     """What a report says of a trained model."""
     about = read_about(path)
@@ -92,21 +78,19 @@ def main(config: Evaluate) -> int:
     about = read_about(config.checkpoint)
     size = about["config"]["image_size"]
     model = load_model(config.checkpoint, "vqvae").to(device)
-    scorers = make_extractors(config, device)
+    scorers = extractors.find_extractors(
+        config.judge, config.inception_weights, config.extractor_sha256, device
+    )
+    if not any(scorer.name != "judge" for scorer in scorers):
+        way_out = f"for FID give --inception_weights PATH ({extractors.PUBLISHED_FILE})"
+        if not scorers:
+            raise stage.UserError(f"no features to score on: {way_out}, or --judge for the judge's")
+        print(f"no Inception weights, scoring on the judge's features alone; {way_out}")
 
     # Sets of images, all with the same number. The floor is on training images that the judge has
     # not seen, because it would know the others too well.
     real, train = (open_images(config.data, split, size) for split in (config.split, "train"))
-    if real.recipe.hash != about["recipe"]:
-        raise stage.UserError(
-            f"{config.checkpoint} was trained on recipe {about['recipe']}, {config.data} has "
-            f"{real.recipe.hash}; give the shards it was trained on"
-        )
-    if config.judge and read_about(config.judge)["recipe"] != real.recipe.hash:
-        raise stage.UserError(
-            f"{config.judge} was trained on images of another recipe than {config.checkpoint}; "
-            f"train a judge with --image_size {size}"
-        )
+    extractors.check_recipe(real.recipe.hash, size, config.data, config.checkpoint, config.judge)
     half = read_about(config.judge)["half"] if config.judge else None
     unseen = np.flatnonzero(half_of(train.keys) != half)
     available = {config.split: len(real), "train (floor)": len(unseen)}

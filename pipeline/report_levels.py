@@ -66,37 +66,22 @@ class ReportLevels:
                 raise ValueError(f"{name} must be at least {fidelity.MIN_IMAGES}, got {count}")
 
 
-def make_extractors(config: ReportLevels, device: torch.device) -> list[extractors.Extractor]:
-    """The judge and Inception as far as there are any; says in one line when there are none."""
-    found = [extractors.judge_extractor(config.judge, device)] if config.judge else []
-    if weights := extractors.find_inception_weights(config.inception_weights):
-        found.append(extractors.inception_extractor(weights, device, config.extractor_sha256))
-    if not found:
-        print("MSE only: for Fréchet distances give --judge PATH or --inception_weights PATH")
-    return found
-
-
 def main(config: ReportLevels) -> int:
     if not stage.is_rank_zero():
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = read_about(config.checkpoint)
     model = load_model(config.checkpoint, "vqvae").to(device)
-    scorers = make_extractors(config, device)
+    scorers = extractors.find_extractors(
+        config.judge, config.inception_weights, config.extractor_sha256, device
+    )
+    if not scorers:
+        print("MSE only: for Fréchet distances give --judge PATH or --inception_weights PATH")
 
     # Data: images to score, and training images for everything that is learned from images.
     size = about["config"]["image_size"]
     real, train = (open_images(config.data, split, size) for split in (config.split, "train"))
-    if real.recipe.hash != about["recipe"]:
-        raise stage.UserError(
-            f"{config.checkpoint} was trained on recipe {about['recipe']}, {config.data} has "
-            f"{real.recipe.hash}; give the shards it was trained on"
-        )
-    if config.judge and read_about(config.judge)["recipe"] != real.recipe.hash:
-        raise stage.UserError(
-            f"{config.judge} was trained on images of another recipe than {config.checkpoint}; "
-            f"train a judge with --image_size {size}"
-        )
+    extractors.check_recipe(real.recipe.hash, size, config.data, config.checkpoint, config.judge)
     count = config.num_images or len(real)
     train_count = min(config.train_images or len(train), len(train))
     if not fidelity.MIN_IMAGES <= count <= len(real) or train_count < fidelity.MIN_IMAGES:
@@ -120,7 +105,7 @@ def main(config: ReportLevels) -> int:
         ablated = levels.Ablated(model, real, chosen, codes, sources, means, row, device)
         features = fidelity.extract(scorers, ablated, count, name)
         distances = {
-            scorer: levels.frechet(features[scorer], originals[scorer], config.seed)
+            scorer: fidelity.frechet(features[scorer], originals[scorer], config.seed)
             for scorer in features
         }
         ablations.append({

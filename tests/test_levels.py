@@ -13,7 +13,7 @@ from conftest import ROOT, metrics, run_stage
 
 from pipeline import evaluate, report_levels, stage
 from pipeline.data.images import open_images
-from pipeline.evaluation import fidelity, levels, pictures
+from pipeline.evaluation import levels, pictures
 from pipeline.models.classifier import Classifier, ClassifierConfig
 from pipeline.models.pixelcnn import PixelCNNConfig
 from pipeline.models.vqvae import VQVAE, VQVAEConfig
@@ -357,9 +357,3 @@ def test_what_a_user_gets_wrong_is_one_line(face_shards, run, tmp_path):
             report_levels.main(config(run, face_shards, out, *flags))
         assert "\n" not in str(caught.value)
     assert not out.exists()
-
-
-def test_the_frechet_distance_is_that_of_the_scores():
-    for dim in (8, 600):  # with a bootstrap, and too wide for one
-        ours, theirs = ({"a": torch.randn(40, dim).double()} for _ in range(2))
-        assert levels.frechet(ours, theirs, 3) == fidelity.scores(ours, theirs, 3)["frechet"]

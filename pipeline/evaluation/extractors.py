@@ -15,7 +15,7 @@ from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3
 
 from pipeline.models.classifier import Classifier
 from pipeline.stage import UserError
-from pipeline.training.checkpoint import load_model, model_sha256
+from pipeline.training.checkpoint import load_model, model_sha256, read_about
 
 PUBLISHED_SHA256 = "6726825d"  # first digits, as in the name of the published file
 PUBLISHED_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -63,6 +63,31 @@ def judge_extractor(path: Path, device: torch.device) -> Extractor:
     model = load_model(path, "classifier")
     module = JudgeFeatures(model).to(device).eval()
     return Extractor("judge", model_sha256(path), module, device, model.config.in_channels)
+
+
+def find_extractors(
+    judge: Path | None, inception: Path | None, inception_sha256: str | None, device: torch.device
+) -> list[Extractor]:
+    """The judge, and Inception where there are weights: none, one or both."""
+    found = [judge_extractor(judge, device)] if judge else []
+    if weights := find_inception_weights(inception):
+        found.append(inception_extractor(weights, device, inception_sha256))
+    return found
+
+
+def check_recipe(recipe_hash: str, size: int, data: Path, checkpoint: Path, judge: Path | None):
+    """Raises UserError unless checkpoint and judge were trained on images of the data's recipe."""
+    trained_on = read_about(checkpoint)["recipe"]
+    if trained_on != recipe_hash:
+        raise UserError(
+            f"{checkpoint} was trained on recipe {trained_on}, {data} has {recipe_hash}; give the "
+            "shards it was trained on"
+        )
+    if judge and read_about(judge)["recipe"] != recipe_hash:
+        raise UserError(
+            f"{judge} was trained on images of another recipe than {checkpoint}; "
+            f"train a judge with --image_size {size}"
+        )
 
 
 def find_inception_weights(path: Path | None) -> Path | None:

@@ -103,21 +103,28 @@ def frechet_from_features(
     return Score(value, (max(0.0, value - margin), value + margin))
 
 
+def frechet(
+    generated: Mapping[str, torch.Tensor], real: Mapping[str, torch.Tensor], seed: int = 0
+) -> Score:
+    """Fréchet distance on the first layer of both, as `extract` returns them for one extractor;
+    with an interval where features are few enough for a bootstrap to be quick."""
+    layer = next(iter(generated))
+    ours, theirs = generated[layer].numpy(), real[layer].numpy()
+    if ours.shape[1] <= 512:
+        return frechet_from_features(ours, theirs, seed=seed)
+    return Score(frechet_distance(ours, theirs))
+
+
 def scores(
     generated: Mapping[str, torch.Tensor], real: Mapping[str, torch.Tensor], seed: int = 0
 ) -> dict[str, Score]:
     """Fréchet distance, KID, precision and recall on the first layer of both, and the inception
-    score where there are logits. Bootstrap where features are few enough for it to be quick."""
+    score where there are logits."""
     layer = next(iter(generated))
     ours, theirs = generated[layer], real[layer]
     fewest = min(len(ours), len(theirs))
     if fewest < MIN_IMAGES:
         raise UserError(f"{fewest} images are too few to score; give at least {MIN_IMAGES}")
-    resamples = RESAMPLES if ours.shape[1] <= 512 else 0
-    if resamples:
-        frechet = frechet_from_features(ours.numpy(), theirs.numpy(), resamples, seed)
-    else:
-        frechet = Score(frechet_distance(ours.numpy(), theirs.numpy()))
     kid = kid_features_to_metric(
         ours, theirs, kid_subsets=KID_SUBSETS, verbose=False, rng_seed=seed,
         kid_subset_size=kid_subset_size(fewest),
@@ -128,7 +135,7 @@ def scores(
         verbose=False,
     )  # fmt: skip
     found = {
-        "frechet": frechet,
+        "frechet": frechet(generated, real, seed),
         "kid": Score(kid["kernel_inception_distance_mean"],
                      spread=kid["kernel_inception_distance_std"]),
         "precision": Score(prc["precision"]),

@@ -158,16 +158,6 @@ class Ablated:
         return float(torch.cat(self.errors).mean())
 
 
-def frechet(features: dict, reference: dict, seed: int) -> fidelity.Score:
-    """The Fréchet distance of `fidelity.scores`, without its other metrics.
-
-    Both as `fidelity.extract` returns them for one extractor: layer -> (N, F)."""
-    ours, theirs = (next(iter(layers.values())).numpy() for layers in (features, reference))
-    if ours.shape[1] <= 512:
-        return fidelity.frechet_from_features(ours, theirs, seed=seed)
-    return fidelity.Score(fidelity.frechet_distance(ours, theirs))
-
-
 # The length of the codes.
 
 
