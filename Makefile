@@ -10,6 +10,7 @@ SYSTEM_PYTHON ?= python3
 ifeq ($(PYTHON),$(VENV)/bin/python)
 SETUP := $(VENV)/.done
 PEERS := $(VENV)/.peers
+ENGINES := $(VENV)/.engines
 endif
 
 .PHONY: demo test check setup test-gpu bench bench-gpu golden tensorboard clean
@@ -22,10 +23,10 @@ else
 	$(PYTHON) pipeline/run_all.py --config configs/demo/run_all.yaml
 endif
 
-test: $(SETUP)
+test: $(ENGINES)
 	$(PYTHON) -m pytest -m "not gpu and not slurm and not faults and not browser"
 
-check: $(SETUP)
+check: $(ENGINES)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
@@ -36,7 +37,12 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(SYSTEM_PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed")'
 	$(SYSTEM_PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt '.[dev,deepspeed]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt '.[dev]'
+	rm -rf build *.egg-info
+	touch $@
+
+$(VENV)/.engines: $(SETUP)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt '.[deepspeed]'
 	rm -rf build *.egg-info
 	touch $@
 

@@ -13,6 +13,7 @@ of validation images in [0, 1].
 """
 
 import argparse
+import json
 import math
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from measure import ROOT, print_table, refuse, write_json
 
 from pipeline import stage
@@ -51,12 +53,17 @@ def arguments_of(changes: dict, data: Path, out: Path, images: int | None) -> li
     return [f"--{name}={value}" for name, value in options.items()]
 
 
+def images_seen(out: Path) -> int:
+    """Of a finished run; 0 without one."""
+    return read_about(out)["images_seen"] if (out / "final" / "config.json").is_file() else 0
+
+
 def figures(name: str, out: Path, config: TrainVQVAE) -> dict:
     """The row of a finished run."""
     validation = read_about(out)["validation"]
     model = config.model
     bits = entropy_bits = 0.0
-    row = {"contender": name, "images_seen": config.total_images}
+    row = {"contender": name, "images_seen": images_seen(out)}
     grids = model.grids(config.image_size, config.image_size)
     for level, (height, width) in enumerate(grids):
         perplexity = validation[f"validation/level{level}/perplexity"]
@@ -105,17 +112,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=RUNS, help="some of the rows")
     options = parser.parse_args()
     rows = []
+    if options.only and options.json.is_file():  # the other rows stay
+        known = json.loads(options.json.read_text())["rows"]
+        rows = [row for row in known if row["contender"] not in options.only]
     for name, changes in RUNS.items():
         if options.only and name not in options.only:
             continue
         out = options.out / "".join(c if c.isalnum() else "-" for c in name)
         arguments = arguments_of(changes, options.data, out, options.total_images)
-        if not (out / "final" / "config.json").is_file():
+        config = stage.parse(TrainVQVAE, arguments)
+        # a run of another length than asked for goes on, and its row says how far it came
+        if images_seen(out) < config.total_images:
             command = [sys.executable, str(ROOT / "pipeline" / "train_vqvae.py"), *arguments]
             if subprocess.run(command, check=False).returncode != 0:
                 refuse(f"{name}: the run ended with an error, see above")
-        rows.append(figures(name, out, stage.parse(TrainVQVAE, arguments)))
-        write_json(options.json, rows, "cpu")
+        rows.append(figures(name, out, config))
+        write_json(options.json, rows, "cuda" if torch.cuda.is_available() else "cpu")
         draw(rows, options.json.with_suffix(".png"))
     print_table(f"{options.data}", rows)
 

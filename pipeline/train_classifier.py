@@ -27,7 +27,7 @@ from pipeline.data.images import ImageSet, open_images
 from pipeline.data.loader import training_batches
 from pipeline.evaluation import judge, pictures
 from pipeline.models.classifier import Classifier, ClassifierConfig, loss
-from pipeline.training import distributed
+from pipeline.training import distributed, zero
 from pipeline.training.checkpoint import (
     Checkpoints,
     restore_training,
@@ -119,6 +119,11 @@ def main(config: TrainClassifier) -> int:
     accelerator = distributed.make_accelerator()
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     distributed.check_global_batch(config.batch_size, world)
+    if zero.is_zero(accelerator):
+        raise stage.UserError(
+            "the classifier is too small for DeepSpeed; start it without, as "
+            "configs/accelerate/gpu.yaml or cpu2.yaml do"
+        )
 
     # Data: rank 0 fills the cache, the others wait for it.
     with accelerator.main_process_first():
@@ -147,7 +152,7 @@ def main(config: TrainClassifier) -> int:
     trained, optimizer = accelerator.prepare(model, adam)
     steps = Steps(accelerator, trained, optimizer, gradient_clip=math.inf)
     if checkpoint:
-        steps.skipped = checkpoint.state["skipped_steps"]
+        steps.restore(checkpoint.state)
     accelerator.wait_for_everyone()
 
     def save() -> None:
@@ -155,7 +160,7 @@ def main(config: TrainClassifier) -> int:
             state = {
                 "config": resolved,
                 "data_sha256": train.index.sha256,
-                "skipped_steps": steps.skipped,
+                **steps.state(),
                 **stage.provenance(),
             }
             checkpoints.save(images_seen, training_tensors(model, average.model, adam), state)
@@ -201,6 +206,9 @@ def main(config: TrainClassifier) -> int:
         total = loss(trained(images), batch["targets"].to(device), task.kind)
         taken = steps.take([total]) is not None
         before, images_seen = images_seen, images_seen + config.batch_size
+        if steps.diverged:
+            save()
+            raise steps.error()
         if taken:
             average.update(model, config.batch_size, trained_images + config.batch_size)
             means.add({"classifier/train_loss": total})

@@ -209,7 +209,7 @@ def main(config: TrainPrior) -> int:
             checkpoint, resolved, train.index.sha256, model, average.model, optimizer
         )
         best = checkpoint.state["best"] or math.inf
-        steps.skipped = checkpoint.state["skipped_steps"]
+        steps.restore(checkpoint.state)
     accelerator.wait_for_everyone()
 
     def save() -> None:
@@ -219,7 +219,7 @@ def main(config: TrainPrior) -> int:
                 "config": resolved,
                 "data_sha256": train.index.sha256,
                 "best": best if math.isfinite(best) else None,
-                "skipped_steps": steps.skipped,
+                **steps.state(),
                 **stage.provenance(),
             }
             checkpoints.save(images_seen, tensors, state)
@@ -255,9 +255,12 @@ def main(config: TrainPrior) -> int:
         nats = trained(**inputs)
         norm = steps.take([nats])
         before, images_seen = images_seen, images_seen + config.batch_size
+        if steps.diverged:
+            save()
+            raise steps.error()
         if norm is not None:
             average.update(model, config.batch_size, trained_images + config.batch_size)
-            means.add({"prior/train_nats_per_code": nats, "gradient/norm": torch.as_tensor(norm)})
+            means.add({"prior/train_nats_per_code": nats, "gradient/norm": norm})
         tracker.advance(config.batch_size)
 
         # Report, validate, save.

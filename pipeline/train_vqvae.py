@@ -87,7 +87,7 @@ class TrainVQVAE:
     revival_rest: float = 0.0625
     """Last part of the run, as a share of it, in which no dead code starts anew: codes settle."""
     max_skipped_steps: int = 10
-    """Steps in a row that may be skipped because a loss or gradient is not finite."""
+    """So many steps in a row, skipped because a loss or gradient was not finite, end the run."""
     compile: bool = False
     """Compile the model (torch.compile): minutes at the start, faster steps."""
     seed: int = 0
@@ -99,7 +99,8 @@ class TrainVQVAE:
     save_every: int = 40_000
     """Images between checkpoints."""
     compare_every: int = 20_000
-    """Images between comparisons of the ranks' codebooks, which have to be the same; 0 = never."""
+    """Images between comparisons of the ranks' codebooks, which have to be the same; before every
+    checkpoint besides."""
     workers: int = 0
     """Loader processes; 0 is fastest with the cache."""
     cache: bool = True
@@ -126,8 +127,6 @@ def validate(
 ) -> dict[str, float]:
     """Validation figures over the whole split, each image once, whatever the number of ranks."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    if len(images) < world:
-        raise stage.UserError(f"{len(images)} validation images are too few for {world} processes")
     part = range(len(images))[rank_slice(len(images), rank, world)]
     sizes = model.config.codebook_sizes
     sums: list[torch.Tensor | float] = [0.0] * (2 + 2 * len(sizes))
@@ -183,7 +182,10 @@ def levels_kept(
     generator = np.random.Generator(np.random.Philox(key=[config.seed, images_seen]))
     dropped = generator.random(config.batch_size) < config.level_dropout
     fewer = generator.integers(1, levels, config.batch_size)
-    return torch.from_numpy(np.where(dropped, fewer, levels)[part]).to(device)
+    kept = torch.from_numpy(np.where(dropped, fewer, levels)[part])
+    if device.type == "cuda":
+        kept = kept.pin_memory()  # else the copy waits for the step before
+    return kept.to(device, non_blocking=True)
 
 
 def train_step(
@@ -227,7 +229,7 @@ def train_step(
         codebooks.discard()
         return None
     revived = codebooks.commit(revive)
-    metrics["gradient/norm"] = torch.as_tensor(norm)
+    metrics["gradient/norm"] = norm
     return metrics, [torch.cat(level) for level in zip(*codes, strict=True)], revived
 
 
@@ -259,6 +261,10 @@ def main(config: TrainVQVAE) -> int:
             f"{config.data} has images of {train.recipe.channels} channels; "
             f"set --model.in_channels {train.recipe.channels}"
         )
+    if len(valid) < world:
+        raise stage.UserError(
+            f"{config.data} has {len(valid)} validation images, fewer than the {world} processes"
+        )
     variance = pixel_variance(train)
 
     # Model, average, optimizer.
@@ -277,7 +283,9 @@ def main(config: TrainVQVAE) -> int:
         )
     trained, optimizer = accelerator.prepare(model, adam)
     steps = Steps(accelerator, trained, optimizer, config.gradient_clip, config.max_skipped_steps)
-    codebooks = Codebooks(model.quantizers, config.batch_size)
+    codebooks = Codebooks(
+        model.quantizers, config.batch_size, overlap=not zero.is_zero(accelerator)
+    )
     if config.dry_run:
         images = pictures.to_unit(train[slice(0, config.batch_size // world)], device)
         batch = Part(images, first_image)
@@ -302,19 +310,20 @@ def main(config: TrainVQVAE) -> int:
         images_seen = restore_training(
             checkpoint, resolved, train.index.sha256, model, average.model, optimizer
         )
-        steps.skipped = checkpoint.state["skipped_steps"]
+        steps.restore(checkpoint.state)
     else:
         place_codes(model, config, batches_from(0), accelerator)
         average.model.load_state_dict(model.state_dict())
     accelerator.wait_for_everyone()
 
     def save() -> None:
+        codebooks.check_equal()
         tensors = training_tensors(model, average.model, optimizer)  # collective with ZeRO
         if accelerator.is_main_process:
             state = {
                 "config": resolved,
                 "data_sha256": train.index.sha256,
-                "skipped_steps": steps.skipped,
+                **steps.state(),
                 **stage.provenance(),
             }
             checkpoints.save(images_seen, tensors, state)
@@ -345,6 +354,9 @@ def main(config: TrainVQVAE) -> int:
         revive = images_seen < config.total_images * (1 - config.revival_rest)
         found = train_step(steps, codebooks, next(batches), config, variance, images_seen, revive)
         before, images_seen = images_seen, images_seen + config.batch_size
+        if steps.diverged:
+            save()
+            raise steps.error()
         if found is not None:
             metrics, codes, revived = found
             average.update(model, config.batch_size, trained_images + config.batch_size)
@@ -357,7 +369,7 @@ def main(config: TrainVQVAE) -> int:
         saves = ends or is_due(config.save_every, before, images_seen)
         logs = saves or is_due(config.log_every, before, images_seen)
         validates = ends or is_due(config.validate_every, before, images_seen)
-        if saves or is_due(config.compare_every, before, images_seen):
+        if is_due(config.compare_every, before, images_seen):
             codebooks.check_equal()
         if logs and means.steps:  # none if all steps since the last line were skipped
             values = means.values(world) | use.values()

@@ -9,9 +9,18 @@ import os
 
 def no_all_reduce():
     """Every rank updates its codebooks from its own images."""
-    from pipeline.training.codebooks import Codebooks
+    from types import SimpleNamespace
 
-    Codebooks.start_reduction = lambda self: None
+    import torch
+
+    from pipeline.training import codebooks
+
+    done = SimpleNamespace(wait=lambda: None)
+    codebooks.dist = SimpleNamespace(
+        all_reduce=lambda flat, async_op: done,
+        all_gather=torch.distributed.all_gather,
+        get_world_size=torch.distributed.get_world_size,
+    )
 
 
 def no_finite_check():

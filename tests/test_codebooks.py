@@ -205,11 +205,10 @@ def test_kmeans_against_brute_force_in_float64():
     vectors = np.random.default_rng(0).standard_normal((600, 3))
     pieces = [(torch.from_numpy(vectors)[:250], 0), (torch.from_numpy(vectors)[250:], 250)]
     (quantizer,) = levels_of("ema", size=9, dim=3)
-    centres, counts = kmeans(pieces, 600, quantizer, seed=0)
+    centres = kmeans(pieces, 600, quantizer, seed=0)
     start = vectors[draw_rows(9, 600, seed=0).numpy()]
-    expected, expected_counts = lloyd(vectors, start, KMEANS_ITERATIONS)
+    expected, _ = lloyd(vectors, start, KMEANS_ITERATIONS)
     np.testing.assert_allclose(centres, expected, rtol=1e-10)
-    assert np.array_equal(counts, expected_counts)
     assert np.abs(start - expected).max() > 0.1
 
 
@@ -217,15 +216,14 @@ def test_kmeans_finds_well_separated_clusters():
     middles = 100 * torch.eye(6, dtype=torch.float64)
     vectors = middles.repeat_interleave(50, 0) + 0.1 * torch.randn(300, 6, dtype=torch.float64)
     (quantizer,) = levels_of("ema", size=6, dim=6)
-    centres, counts = kmeans([(vectors, 0)], 300, quantizer, seed=5)
-    assert counts.tolist() == [50.0] * 6
+    centres = kmeans([(vectors, 0)], 300, quantizer, seed=5)
     torch.testing.assert_close(centres, vectors.view(6, 50, 6).mean(1), rtol=1e-10, atol=1e-10)
 
 
 def test_the_centres_of_a_cosine_codebook_lie_on_the_sphere():
     (quantizer,) = levels_of("cosine", size=6, dim=3)
     vectors = quantizer.project(torch.randn(300, 3, dtype=torch.float64), 1)
-    centres, _ = kmeans([(vectors, 0)], 300, quantizer, seed=0)
+    centres = kmeans([(vectors, 0)], 300, quantizer, seed=0)
     torch.testing.assert_close(centres.norm(dim=1), torch.ones(6, dtype=torch.float64))
     # the best directions: every centre is that of the sum of what has the largest cosine with it
     codes = (vectors @ centres.T).argmax(1)
@@ -238,17 +236,16 @@ def test_empty_clusters_start_anew_from_the_data():
     same = torch.full((400, 2), 50.0, dtype=torch.float64)
     spread = 50 + 10 * torch.randn(100, 2, dtype=torch.float64)
     (quantizer,) = levels_of("ema", size=20, dim=2)
-    centres, counts = kmeans([(torch.cat([same, spread]), 0)], 500, quantizer, seed=0)
-    assert counts.sum() == 500
-    assert (counts > 0).sum() > 8  # 5 rows were distinct
+    centres = kmeans([(torch.cat([same, spread]), 0)], 500, quantizer, seed=0)
+    assert len(centres.unique(dim=0)) > 8  # 5 rows were distinct
     assert centres.min() > 5  # an empty cluster's mean would be 0
 
 
 def test_kmeans_with_fewer_vectors_than_codes():
     (quantizer,) = levels_of("ema", size=8, dim=2)
     vectors = torch.randn(3, 2, dtype=torch.float64)
-    centres, counts = kmeans([(vectors, 0)], 3, quantizer, seed=0)
-    assert centres.isfinite().all() and counts.sum() == 3
+    centres = kmeans([(vectors, 0)], 3, quantizer, seed=0)
+    assert centres.isfinite().all()
     assert (centres[:, None] == vectors).all(-1).any(1).all()  # nothing but the vectors
 
 
@@ -313,11 +310,11 @@ def test_the_start_is_kmeans_of_each_level_after_the_coarser_ones():
         outputs = model.encode(images)
     for level, (quantizer, output) in enumerate(zip(model.quantizers, outputs, strict=True)):
         vectors = output.vectors.flatten(0, 2)
-        centres, counts = kmeans([(vectors, 0)], len(vectors), quantizer, seed=level)
+        centres = kmeans([(vectors, 0)], len(vectors), quantizer, seed=level)
         torch.testing.assert_close(quantizer.vectors_of_codes().detach(), centres)
         # as fresh ones: just above the threshold, whatever k-means counted
-        share = counts.sum() / 3 / quantizer.num_codes
-        fresh = (1.1 * quantizer.revival * share).expand_as(counts)
+        share = len(vectors) / 3 / quantizer.num_codes
+        fresh = torch.full_like(quantizer.counts, 1.1 * quantizer.revival * share)
         torch.testing.assert_close(quantizer.counts, fresh)
         if isinstance(quantizer, EMAQuantizer):
             torch.testing.assert_close(quantizer.sums, centres * quantizer.counts[:, None])

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, metrics, run_stage
 from PIL import Image
 
@@ -196,3 +198,26 @@ def test_nats_of_the_prior_are_below_the_uniform_code(run):
     for level in range(2):
         about = read_about(run / f"prior-level{level}")
         assert about["validation_nats_per_code"] < np.log(32)
+
+
+@pytest.mark.parametrize("quantizers", [["fsq", "learned"], ["simvq", "cosine"]])
+def test_the_codes_of_every_quantizer_go_through_every_stage(quantizers, tmp_path):
+    """ema does so in the run above."""
+    configs = tmp_path / "configs"
+    shutil.copytree(ROOT / "configs" / "debug", configs)
+    for path in configs.glob("train_*.yaml"):
+        values = yaml.safe_load(path.read_text()) | {"total_images": 64, "save_every": 64}
+        if path.stem == "train_vqvae":
+            values["model"]["quantizer"] = quantizers
+        path.write_text(yaml.safe_dump(values))
+    out = tmp_path / "run"
+    run_stage("run_all.py", f"--configs={configs}", f"--out={out}")
+    assert read_about(out / "vqvae")["model"]["quantizer"] == quantizers
+    assert (out / "samples.png").is_file() and (out / "report.md").is_file()
+    model, codes = load_model(out / "vqvae"), open_codes(out / "codes", "valid")
+    images = open_images(out / "shards", "valid", 32)
+    with torch.no_grad():
+        encoded = model.encode_codes(to_unit(images[slice(0, 8)]))
+    for level, expected in enumerate(encoded):
+        stored = codes.fetch(np.arange(8))[f"level{level}"]
+        assert np.array_equal(stored, expected.numpy())

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.stage import UserError
 from pipeline.training.distributed import make_accelerator
 from pipeline.training.steps import Steps
 
@@ -74,5 +73,17 @@ def test_only_steps_in_a_row_end_the_run():
         steps.take(losses(model, inputs, factor))
     assert steps.skipped == 2
     steps.take(losses(model, inputs, nan))
-    with pytest.raises(UserError, match="in 2 steps in a row; lower --learning_rate"):
-        steps.take(losses(model, inputs, nan))
+    assert not steps.diverged
+    steps.take(losses(model, inputs, nan))
+    assert steps.diverged
+    assert "in 2 steps in a row" in str(steps.error())
+
+
+def test_a_streak_goes_on_after_a_resume_but_a_run_that_ended_has_its_patience_back():
+    _, _, steps = make(patience=3)
+    for in_a_row, expected in ((2, 2), (3, 0)):
+        steps.restore({"skipped_steps": 7, "skipped_in_a_row": in_a_row})
+        assert (steps.skipped, steps.in_a_row) == (7, expected)
+    assert steps.state() == {"skipped_steps": 7, "skipped_in_a_row": 0}
+    steps.restore({})  # a checkpoint of before steps could be skipped
+    assert steps.skipped == 0

@@ -33,7 +33,7 @@ Tensors = Mapping[str, torch.Tensor]
 CHANGEABLE = frozenset(
     {"out", "data", "codes", "total_images", "workers", "cache", "dry_run"}
     | {"log_every", "validate_every", "save_every", "compare_every"}
-    | {"accumulation", "compile", "max_skipped_steps"}
+    | {"accumulation", "compile", "max_skipped_steps", "learning_rate"}
 )
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from kernels import codebook_sums, nearest_code
-from pipeline.models.quantizers import PlacedCodes, Quantized, Quantizer, Statistics, usage
+from pipeline.models.quantizers import PlacedCodes, Quantized, Statistics, usage
 from pipeline.models.quantizers.contract import FRESH_MARGIN
 from pipeline.training.collectives import all_reduce_sum, alone
 
@@ -37,13 +37,15 @@ class Codebooks:
     Args:
         quantizers: a Quantizer per level.
         batch_size: images in the global batch.
+        overlap: whether the all-reduce goes on beside the backward pass; not where gradients are
+            reduced by other communicators (DeepSpeed's), which NCCL wants kept apart.
     """
 
-    def __init__(self, quantizers: Iterable[nn.Module], batch_size: int):
-        quantizers = list(quantizers)
-        self.levels = [(n, q) for n, q in enumerate(quantizers) if isinstance(q, PlacedCodes)]
-        self.num_levels, self.batch_size = len(quantizers), batch_size
-        self.device = next(quantizers[0].buffers()).device
+    def __init__(self, quantizers: Iterable[nn.Module], batch_size: int, overlap: bool = True):
+        self.quantizers = list(quantizers)
+        self.levels = [(n, q) for n, q in enumerate(self.quantizers) if isinstance(q, PlacedCodes)]
+        self.batch_size, self.overlap = batch_size, overlap
+        self.device = next(self.quantizers[0].buffers()).device
         self.reduction: dist.Work | None = None
         self.discard()
 
@@ -81,6 +83,8 @@ class Codebooks:
             return
         self.flat = torch.cat([part.flatten() for level in self.statistics for part in level])
         self.reduction = dist.all_reduce(self.flat, async_op=True)
+        if not self.overlap:
+            self.reduction.wait()
 
     def commit(self, revive: bool = True) -> torch.Tensor:
         """Updates the codebooks; returns how many codes of each level started anew (levels,)."""
@@ -92,7 +96,7 @@ class Codebooks:
             statistics = [
                 Statistics(*[next(parts).view_as(part) for part in level]) for level in statistics
             ]
-        revived = [torch.zeros((), dtype=torch.int64, device=self.device)] * self.num_levels
+        revived = [torch.zeros((), dtype=torch.int64, device=self.device)] * len(self.quantizers)
         for (level, quantizer), found in zip(self.levels, statistics, strict=True):
             revived[level] = quantizer.update(found, self.batch_size, revive)
         self.discard()
@@ -100,23 +104,24 @@ class Codebooks:
 
     @torch.no_grad()
     def check_equal(self) -> None:
-        """Raises RuntimeError on every rank, naming level and ranks, where codebooks differ."""
-        if alone() or not self.levels:
+        """Raises RuntimeError on every rank, naming level and ranks, where the quantizers differ
+        in anything they hold."""
+        if alone():
             return
-        hashes = [_hash(quantizer) for _, quantizer in self.levels]
+        hashes = [_hash(quantizer) for quantizer in self.quantizers]
         own = torch.tensor(hashes, device=self.device)
         everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, own)
         table = torch.stack(everyone).cpu()  # (ranks, levels)
         usual = table.mode(0).values
-        for column, (level, _) in enumerate(self.levels):
-            ranks = torch.nonzero(table[:, column] != usual[column]).flatten().tolist()
+        for level in range(len(self.quantizers)):
+            ranks = torch.nonzero(table[:, level] != usual[level]).flatten().tolist()
             if ranks:
                 # of two ranks nobody can tell which one is wrong
                 where = ", ".join(map(str, ranks)) if len(table) > 2 else "0 or 1"
                 raise RuntimeError(
                     f"the codebook of level {level} on rank {where} differs from that of the "
-                    "others; start again, the newest checkpoint holds the last state compared"
+                    "others; start again, in the newest checkpoint they are the same"
                 )
 
 
@@ -130,7 +135,8 @@ class CodebookUse:
     def add(self, codes: Sequence[torch.Tensor], revived: torch.Tensor) -> None:
         """This rank's codes of a step, per level, and how many started anew (levels,)."""
         for counts, level in zip(self.counts, codes, strict=True):
-            counts += level.flatten().bincount(minlength=len(counts))
+            # not bincount, which reads the largest code back from the device
+            counts.scatter_add_(0, level.flatten(), torch.ones_like(level.flatten()))
         self.revived += revived
 
     def values(self) -> dict[str, float]:
@@ -148,10 +154,10 @@ class CodebookUse:
 
 
 class Part(NamedTuple):
-    """This rank's images of a global batch, as the encoder takes them."""
+    """This rank's images of a global batch, or of one of several."""
 
-    images: torch.Tensor  # (b, C, H, W)
-    first_image: int  # the place of the first one among all images of all batches
+    images: torch.Tensor  # (b, C, H, W) as the encoder takes them
+    first_image: int  # place of the first one in the global batch, or among all the batches
 
 
 @torch.no_grad()
@@ -177,17 +183,17 @@ def start_codebooks(model, parts: Sequence[Part], batch_size: int) -> None:
             total, num_batches = total + batch_size * per_image, num_batches + 1
             if total >= VECTORS_PER_CODE * quantizer.num_codes:
                 break
-        centres, counts = kmeans(vectors, total, quantizer, seed=level)
+        centres = kmeans(vectors, total, quantizer, seed=level)
         # As fresh ones, not with the counts of k-means: the latents of an encoder that begins to
         # learn move away, and codes of a small count follow them, or are soon found dead.
         share = total / num_batches / quantizer.num_codes
-        fresh = torch.full_like(counts, share * (FRESH_MARGIN * quantizer.revival or 1.0))
-        quantizer.place(torch.ones_like(counts, dtype=torch.bool), centres, fresh)
+        fresh = torch.full_like(centres[:, 0], share * (FRESH_MARGIN * quantizer.revival or 1.0))
+        quantizer.place(torch.ones_like(fresh, dtype=torch.bool), centres, fresh)
 
 
 def kmeans(
     vectors: Sequence[tuple[torch.Tensor, int]], total: int, quantizer: PlacedCodes, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Lloyd's algorithm over the vectors of all ranks, from random ones; an empty cluster starts
     anew from another.
 
@@ -196,7 +202,7 @@ def kmeans(
             `total` rows.
 
     Returns:
-        centres (K, D), projected to where the quantizer's codes live, and their counts (K,).
+        centres (K, D), projected to where the quantizer's codes live.
     """
     size = quantizer.num_codes
 
@@ -206,10 +212,8 @@ def kmeans(
 
     centres = random_rows(0)
     all_reduce_sum(centres)
-    counts = torch.zeros_like(centres[:, 0])
     for iteration in range(KMEANS_ITERATIONS):
-        sums = torch.zeros_like(centres)
-        counts = torch.zeros_like(counts)
+        counts, sums = torch.zeros_like(centres[:, 0]), torch.zeros_like(centres)
         for piece, _ in vectors:
             piece_counts, piece_sums = codebook_sums(piece, nearest_code(piece, centres), size)
             counts, sums = counts + piece_counts, sums + piece_sums
@@ -219,7 +223,7 @@ def kmeans(
         means = sums.view_as(centres) / counts.clamp(min=1)[:, None]
         means = torch.where(counts[:, None] > 0, means, fresh.view_as(centres))
         centres = quantizer.project(means, 1)
-    return centres, counts
+    return centres
 
 
 def num_start_images(quantizers: Iterable[nn.Module], vectors_per_image: Sequence[int]) -> int:
@@ -249,7 +253,7 @@ def pick(vectors: torch.Tensor, rows: torch.Tensor, first: int) -> torch.Tensor:
     return torch.where(mine[:, None], vectors[local.clamp(0, len(vectors) - 1)], 0)
 
 
-def _hash(quantizer: Quantizer) -> int:
+def _hash(quantizer: nn.Module) -> int:
     """63 bits of the SHA-256 of everything a quantizer holds."""
     digest = hashlib.sha256()
     for tensor in quantizer.state_dict().values():

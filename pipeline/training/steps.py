@@ -1,7 +1,7 @@
 """Optimizer steps that all ranks take, or all ranks skip."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ class Steps:
     """Takes optimizer steps over one or several micro-batches.
 
     Where the loss of any rank, or the gradient, is not finite, every rank skips the step: weights,
-    moments and schedule stay as they are. `skipped` counts such steps since the start of the run.
+    moments and schedule stay as they are. `skipped` counts such steps since the start of the run,
+    and after too many in a row `diverged` is true.
 
     Args:
         model: as `accelerator.prepare` returned it; `optimizer` likewise.
         gradient_clip: largest global norm of the gradient.
-        patience: so many skipped steps in a row end the run.
+        patience: so many skipped steps in a row are too many.
     """
 
     def __init__(
@@ -34,25 +35,24 @@ class Steps:
     ):
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.gradient_clip, self.patience = gradient_clip, patience
-        self.skipped = self._in_a_row = 0
+        self.skipped = self.in_a_row = 0
 
     def take(
         self, losses: Iterable[torch.Tensor], before_backward: Callable[[], None] | None = None
-    ) -> torch.Tensor | float | None:
+    ) -> torch.Tensor | None:
         """One step; returns the gradient's norm before clipping, or None for a skipped step.
-
-        Raises UserError on every rank after `patience` skipped steps in a row.
 
         Args:
             losses: the loss of each micro-batch, computed when it is asked for.
             before_backward: called before the last backward pass, when all ranks know that all
                 losses are finite.
         """
-        losses, finite = iter(losses), torch.ones((), dtype=torch.bool)
+        device = self.accelerator.device
+        losses, finite = iter(losses), torch.ones((), dtype=torch.bool, device=device)
         for _ in range(self.accelerator.gradient_accumulation_steps):
             with self.accelerator.accumulate(self.model):
                 loss = next(losses)
-                finite = finite.to(loss.device) & loss.detach().isfinite()
+                finite = finite & loss.detach().isfinite()
                 if self.accelerator.sync_gradients:
                     # before this backward: it reduces gradients over the ranks, and DeepSpeed's
                     # even takes the step
@@ -67,18 +67,36 @@ class Steps:
             return self._skip()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._in_a_row = 0
-        return norm
+        self.in_a_row = 0
+        return torch.as_tensor(norm, device=device)  # DeepSpeed gives a number
 
     def _skip(self) -> None:
         if zero.is_partitioned(self.optimizer):
             zero.discard_gradients(self.optimizer)
         self.optimizer.zero_grad()
         self.skipped += 1
-        self._in_a_row += 1
-        if self._in_a_row >= self.patience:
-            raise UserError(
-                f"training diverged: the loss or its gradient was not finite in {self._in_a_row} "
-                "steps in a row; lower --learning_rate and start again, the newest checkpoint has "
-                "the last good state"
-            )
+        self.in_a_row += 1
+
+    @property
+    def diverged(self) -> bool:
+        """True, on all ranks alike, where the run shall save its state and end."""
+        return self.in_a_row >= self.patience
+
+    def error(self) -> UserError:
+        """What to tell then."""
+        return UserError(
+            f"training diverged: the loss or its gradient was not finite in {self.in_a_row} steps "
+            "in a row; the newest checkpoint has the state before them, start again with a lower "
+            "--learning_rate"
+        )
+
+    def state(self) -> dict[str, int]:
+        """For the checkpoint."""
+        return {"skipped_steps": self.skipped, "skipped_in_a_row": self.in_a_row}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`; a run that ended because it diverged gets its patience back."""
+        self.skipped = state.get("skipped_steps", 0)
+        self.in_a_row = state.get("skipped_in_a_row", 0)
+        if self.diverged:
+            self.in_a_row = 0
