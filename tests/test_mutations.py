@@ -12,8 +12,8 @@ from mutations import MUTATIONS
 NOTICED_BY = {
     "all-reduce": "test_ranks.py::test_in_float64_the_result_is_the_same[2 ranks]",
     "finite check": "test_steps.py::test_a_loss_that_is_not_finite_leaves_everything_as_it_is",
-    "EMA reset on revival": "test_quantizers.py::test_dead_codes_start_anew_with_their_statistics",
-    "fp32 island": "test_quantizers.py::test_an_island_of_fp32_under_autocast",
+    "EMA reset on revival": "test_quantizers.py::test_a_dead_code_starts_anew_at_its_candidate",
+    "fp32 island": "test_quantizers.py::test_at_least_fp32_under_bf16_autocast",
 }
 
 
