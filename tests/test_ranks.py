@@ -1,6 +1,6 @@
 """The same global batches give the same model: 1, 2 and 4 ranks, micro-batches, compile, ZeRO.
 
-    python tests/test_ranks.py --data SHARDS --json docs/benchmarks/equality.json
+    PYTHONPATH=. python tests/test_ranks.py --data SHARDS --json docs/benchmarks/equality.json
 
 writes how large the differences are, for docs/results.md.
 """
