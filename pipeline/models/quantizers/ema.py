@@ -12,8 +12,8 @@ class EMAQuantizer(PlacedCodes):
 
         N_i = γ N_i + (1 - γ) n_i      m_i = γ m_i + (1 - γ) sum_j z_ij      e_i = m_i / N_i
 
-    Counts start at 1 and sums at the codes, so an unused code stays where it is (from zero counts,
-    as in the public ports, it would be thrown to m/eps in the first step).
+    Until codes are placed, counts are 1 and sums the codes, so an unused code stays where it is
+    (from zero counts, as in the public ports, it would be thrown to m/eps in the first step).
     """
 
     codebook: torch.Tensor
