@@ -13,7 +13,7 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 if not __package__:  # run as a script: import from the checkout, not from pipeline/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -28,16 +28,11 @@ from pipeline.data.loader import training_batches
 from pipeline.evaluation import judge, pictures
 from pipeline.models.classifier import Classifier, ClassifierConfig, loss
 from pipeline.training import distributed, zero
-from pipeline.training.checkpoint import (
-    Checkpoints,
-    restore_training,
-    save_model,
-    training_tensors,
-)
+from pipeline.training.checkpoint import save_model
 from pipeline.training.collectives import all_reduce_sum, rank_slice
-from pipeline.training.schedule import is_due, learning_rate
+from pipeline.training.run import Run
+from pipeline.training.schedule import Schedule
 from pipeline.training.steps import Steps
-from pipeline.training.tracking import MeanMetrics, Tracker
 from pipeline.training.weight_average import WeightAverage
 
 
@@ -61,6 +56,7 @@ class TrainClassifier:
     """Global batch, over all processes."""
     learning_rate: float = 1e-3
     """Peak learning rate of Adam; a linear warm-up, then a cosine down to 0."""
+    schedule: ClassVar[Schedule] = "cosine"
     warmup_images: int = 2_000
     """Length of the linear warm-up."""
     average_halflife: int = 5_000
@@ -141,106 +137,53 @@ def main(config: TrainClassifier) -> int:
     model = Classifier(model_config).to(device).to(memory_format=torch.channels_last)
     average = WeightAverage(model, config.average_halflife)
     adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-
-    # Resume from the newest checkpoint that verifies.
-    checkpoints, images_seen = Checkpoints(config.out), 0
-    resolved = stage.to_dict(config)
-    if checkpoint := checkpoints.newest():
-        images_seen = restore_training(
-            checkpoint, resolved, train.index.sha256, model, average.model, adam
-        )
     trained, optimizer = accelerator.prepare(model, adam)
     steps = Steps(accelerator, trained, optimizer, gradient_clip=math.inf)
-    if checkpoint:
-        steps.restore(checkpoint.state)
-    accelerator.wait_for_everyone()
-
-    def save() -> None:
-        if accelerator.is_main_process:
-            state = {
-                "config": resolved,
-                "data_sha256": train.index.sha256,
-                **steps.state(),
-                **stage.provenance(),
-            }
-            checkpoints.save(images_seen, training_tensors(model, average.model, adam), state)
-        accelerator.wait_for_everyone()
 
     def validate():
         logits = predict(average.model, valid, accelerator)
         return judge.figures(logits, judge.targets_of(valid, task), task)
 
-    if checkpoint is None:
-        save()  # the untrained state, so that an early death loses nothing
-    if accelerator.is_main_process:
-        where = f"resuming at {images_seen:,} images" if images_seen else "starting anew"
-        print(
-            f"{config.out}: {where}; {len(chosen):,} of {len(train):,} training images, "
-            f"{len(task.names)} {task.kind}"
-        )
-
-    tracker = Tracker(
-        config.out, "classifier", config.total_images, images_seen, accelerator.is_main_process
+    run = Run(config, model, average, steps, train.index.sha256)
+    run.resume()
+    run.start(
+        "classifier",
+        f"{len(chosen):,} of {len(train):,} training images, {len(task.names)} {task.kind}",
     )
+
     batches = training_batches(
-        _Fetch(train, chosen, targets), len(chosen), batch_size=config.batch_size,
-        seed=config.seed, start=images_seen, rank=rank, world_size=world, workers=config.workers,
+        _Fetch(train, chosen, targets), len(chosen), batch_size=config.batch_size, seed=config.seed,
+        start=run.images_seen, rank=rank, world_size=world, workers=config.workers,
     )  # fmt: skip
-    means = MeanMetrics()
-    trained.train()
-    while images_seen < config.total_images:
-        # Step.
-        trained_images = images_seen - steps.skipped * config.batch_size
-        rate = learning_rate(
-            trained_images, config.learning_rate, "cosine",
-            config.warmup_images, config.total_images,
-        )  # fmt: skip
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    while run.images_seen < config.total_images:
+        run.start_step()
         batch = next(batches)
         images = pictures.to_unit(batch["images"], device)
         if task.kind == "attributes":  # a face may be mirrored, a digit may not
-            flipped = flips(config.seed, images_seen, config.batch_size)
+            flipped = flips(config.seed, run.images_seen, config.batch_size)
             mirror = torch.from_numpy(flipped[part(config.batch_size, rank, world)]).to(device)
             images = torch.where(mirror[:, None, None, None], images.flip(-1), images)
         total = loss(trained(images), batch["targets"].to(device), task.kind)
         taken = steps.take([total]) is not None
-        before, images_seen = images_seen, images_seen + config.batch_size
-        if steps.diverged:
-            save()
-            raise steps.error()
-        if taken:
-            average.update(model, config.batch_size, trained_images + config.batch_size)
-            means.add({"classifier/train_loss": total})
-        tracker.advance(config.batch_size)
+        due = run.end_step({"classifier/train_loss": total} if taken else None)
 
         # Report, validate, save.
-        ends = images_seen >= config.total_images
-        saves = ends or is_due(config.save_every, before, images_seen)
-        logs = saves or is_due(config.log_every, before, images_seen)
-        validates = not ends and is_due(config.validate_every, before, images_seen)
-        if logs and means.steps:  # none if all steps since the last line were skipped
-            values = means.values(world)
-            values["loss/skipped_steps"] = steps.skipped
-            values["schedule/learning_rate"] = rate
-            if tracker.enabled:
-                values["throughput/images_per_sec"] = tracker.images_per_sec(images_seen)
-            tracker.log(images_seen, values)
-            tracker.show(loss=values["classifier/train_loss"])
-        if validates:
-            tracker.log(images_seen, validate()[0])
-        if saves:
-            save()
-        if logs or validates:
-            tracker.restart_clock(images_seen)
+        if due.logs:
+            values = run.means.values(world)
+            run.log(values)
+            run.tracker.show(loss=values["classifier/train_loss"])
+        if due.validates and not due.ends:
+            run.tracker.log(run.images_seen, validate()[0])
+        if due.saves:
+            run.save()
 
     validation, per_output = validate()
-    tracker.log(images_seen, validation)
-    tracker.close()
+    run.tracker.log(run.images_seen, validation)
+    run.tracker.close()
     if accelerator.is_main_process:
         about = {
-            "config": resolved,
-            "images_seen": images_seen,
+            "config": stage.to_dict(config),
+            "images_seen": run.images_seen,
             "validation": validation,
             "per_output": per_output,
             "skipped_constant_attributes": task.skipped,
@@ -253,9 +196,7 @@ def main(config: TrainClassifier) -> int:
         sha256 = save_model(config.out, "classifier", average.model, about)
         accuracy = validation["classifier/validation_accuracy"]
         print(f"{config.out / 'final'}: {sha256[:8]}, validation accuracy {accuracy:.4f}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return images_seen
+    return run.end()
 
 
 if __name__ == "__main__":

@@ -29,17 +29,12 @@ from pipeline.data.codes import CodeSet, open_codes
 from pipeline.data.loader import training_batches
 from pipeline.models.pixelcnn import PixelCNN, PixelCNNConfig
 from pipeline.training import distributed, zero
-from pipeline.training.checkpoint import (
-    Checkpoints,
-    restore_training,
-    save_model,
-    training_tensors,
-)
+from pipeline.training.checkpoint import save_model
 from pipeline.training.collectives import all_reduce_sum, rank_slice
 from pipeline.training.dry_run import report_dry_run
-from pipeline.training.schedule import Schedule, is_due, learning_rate
+from pipeline.training.run import Run
+from pipeline.training.schedule import Schedule
 from pipeline.training.steps import Steps
-from pipeline.training.tracking import MeanMetrics, Tracker
 from pipeline.training.weight_average import WeightAverage
 
 
@@ -180,6 +175,7 @@ def main(config: TrainPrior) -> int:
     # Data: the codes of all levels, in memory.
     train, valid = open_codes(config.codes, "train"), open_codes(config.codes, "valid")
     level = level_number(config.level, len(train.levels))
+    config = dataclasses.replace(config, level=level)  # saved as a number, not an alias
 
     # Model, average, optimizer.
     torch.manual_seed(config.seed)
@@ -201,95 +197,46 @@ def main(config: TrainPrior) -> int:
         )  # fmt: skip
         return 0
 
-    # Resume from the newest checkpoint that verifies.
-    checkpoints, images_seen, best = Checkpoints(config.out), 0, math.inf
-    resolved = stage.to_dict(config) | {"level": level}  # a number, not an alias
-    if checkpoint := checkpoints.newest():
-        images_seen = restore_training(
-            checkpoint, resolved, train.index.sha256, model, average.model, optimizer
-        )
-        best = checkpoint.state["best"] or math.inf
-        steps.restore(checkpoint.state)
-    accelerator.wait_for_everyone()
+    run = Run(config, model, average, steps, train.index.sha256, extra={"best": None})
+    run.resume()
+    best = run.extra["best"] or math.inf
+    run.start(f"prior {level}", f"level {level}, {len(train):,} training samples")
 
-    def save() -> None:
-        tensors = training_tensors(model, average.model, optimizer)  # collective with ZeRO
-        if accelerator.is_main_process:
-            state = {
-                "config": resolved,
-                "data_sha256": train.index.sha256,
-                "best": best if math.isfinite(best) else None,
-                **steps.state(),
-                **stage.provenance(),
-            }
-            checkpoints.save(images_seen, tensors, state)
-        accelerator.wait_for_everyone()
-
-    if checkpoint is None:
-        save()  # the untrained state, so that an early death loses nothing
-    if accelerator.is_main_process:
-        where = f"resuming at {images_seen:,} images" if images_seen else "starting anew"
-        print(f"{config.out}: {where}; level {level}, {len(train):,} training samples")
-
-    tracker = Tracker(
-        config.out, f"prior {level}", config.total_images, images_seen, accelerator.is_main_process
-    )
     batches = training_batches(
         train.fetch, len(train), batch_size=config.batch_size, seed=config.seed,
-        start=images_seen, rank=rank, world_size=world, workers=config.workers,
+        start=run.images_seen, rank=rank, world_size=world, workers=config.workers,
     )  # fmt: skip
-    part, means = rank_slice(config.batch_size, rank, world), MeanMetrics()
-    trained.train()
-    while images_seen < config.total_images:
-        # Step. Randomness is keyed by position, so a resumed run needs no generator's state.
-        trained_images = images_seen - steps.skipped * config.batch_size
-        rate = learning_rate(
-            trained_images, config.learning_rate, config.schedule,
-            config.warmup_images, config.total_images,
-        )  # fmt: skip
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        torch.manual_seed(dropout_seed(config.seed, images_seen, rank))
+    part = rank_slice(config.batch_size, rank, world)
+    while run.images_seen < config.total_images:
+        run.start_step()
+        # Randomness is keyed by position, so a resumed run needs no generator's state.
+        torch.manual_seed(dropout_seed(config.seed, run.images_seen, rank))
         inputs = model_inputs(next(batches), level, device)
-        inputs = hide_some_conditions(inputs, config.seed, images_seen, config.batch_size, part)
+        inputs = hide_some_conditions(inputs, config.seed, run.images_seen, config.batch_size, part)
         nats = trained(**inputs)
         norm = steps.take([nats])
-        before, images_seen = images_seen, images_seen + config.batch_size
-        if steps.diverged:
-            save()
-            raise steps.error()
-        if norm is not None:
-            average.update(model, config.batch_size, trained_images + config.batch_size)
-            means.add({"prior/train_nats_per_code": nats, "gradient/norm": norm})
-        tracker.advance(config.batch_size)
+        metrics = {"prior/train_nats_per_code": nats, "gradient/norm": norm}
+        due = run.end_step(None if norm is None else metrics)
 
         # Report, validate, save.
-        ends = images_seen >= config.total_images
-        saves = ends or is_due(config.save_every, before, images_seen)
-        logs = saves or is_due(config.log_every, before, images_seen)
-        validates = ends or is_due(config.validate_every, before, images_seen)
-        if logs and means.steps:  # none if all steps since the last line were skipped
-            values = means.values(world)
-            values["loss/skipped_steps"] = steps.skipped
-            values["schedule/learning_rate"] = rate
-            if tracker.enabled:
-                values["throughput/images_per_sec"] = tracker.images_per_sec(images_seen)
-            tracker.log(images_seen, values)
-            tracker.show(nats=values["prior/train_nats_per_code"], best=best)
-        if validates:
+        if due.logs:
+            values = run.means.values(world)
+            run.log(values)
+            run.tracker.show(nats=values["prior/train_nats_per_code"], best=best)
+        if due.validates:
             nats = nats_per_code(average.model, valid, level, config.batch_size, accelerator)
-            tracker.log(images_seen, {"prior/validation_nats_per_code": nats})
+            run.tracker.log(run.images_seen, {"prior/validation_nats_per_code": nats})
             if nats < best:
-                best = nats
+                best = run.extra["best"] = nats
                 # the same measure on as many training samples: the gap is the overfitting
                 train_nats = nats_per_code(
                     average.model, train, level, config.batch_size, accelerator, limit=len(valid)
                 )
                 if accelerator.is_main_process:
                     about = {
-                        "config": resolved,
+                        "config": stage.to_dict(config),
                         "level": level,
-                        "images_seen": images_seen,
+                        "images_seen": run.images_seen,
                         "validation_nats_per_code": nats,
                         "train_nats_per_code": train_nats,
                         "codes": train.index.codes,
@@ -298,17 +245,13 @@ def main(config: TrainPrior) -> int:
                         **stage.provenance(),
                     }
                     save_model(config.out, "pixelcnn", average.model, about)
-        if saves:
-            save()
-        if logs or validates:
-            tracker.restart_clock(images_seen)
+        if due.saves:
+            run.save()
 
-    tracker.close()
+    run.tracker.close()
     if accelerator.is_main_process:
         print(f"{config.out / 'final'}: best validation {best:.4f} nats per code")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return images_seen
+    return run.end()
 
 
 if __name__ == "__main__":

@@ -31,12 +31,7 @@ from pipeline.evaluation import pictures
 from pipeline.models.quantizers import usage
 from pipeline.models.vqvae import VQVAE, VQVAEConfig, loss
 from pipeline.training import distributed, zero
-from pipeline.training.checkpoint import (
-    Checkpoints,
-    restore_training,
-    save_model,
-    training_tensors,
-)
+from pipeline.training.checkpoint import save_model
 from pipeline.training.codebooks import (
     Codebooks,
     CodebookUse,
@@ -46,9 +41,9 @@ from pipeline.training.codebooks import (
 )
 from pipeline.training.collectives import all_reduce_sum, rank_slice
 from pipeline.training.dry_run import report_dry_run
-from pipeline.training.schedule import Schedule, is_due, learning_rate
+from pipeline.training.run import Run
+from pipeline.training.schedule import Schedule
 from pipeline.training.steps import Steps
-from pipeline.training.tracking import MeanMetrics, Tracker
 from pipeline.training.weight_average import WeightAverage
 
 
@@ -303,101 +298,50 @@ def main(config: TrainVQVAE) -> int:
         )  # fmt: skip
         return (Part(pictures.to_unit(batch["images"], device), first_image) for batch in batches)
 
-    # Resume from the newest checkpoint that verifies.
-    checkpoints, images_seen = Checkpoints(config.out), 0
-    resolved = stage.to_dict(config)
-    if checkpoint := checkpoints.newest():
-        images_seen = restore_training(
-            checkpoint, resolved, train.index.sha256, model, average.model, optimizer
-        )
-        steps.restore(checkpoint.state)
-    else:
+    run = Run(config, model, average, steps, train.index.sha256, before_save=codebooks.check_equal)
+    if not run.resume():
         place_codes(model, config, batches_from(0), accelerator)
         average.model.load_state_dict(model.state_dict())
-    accelerator.wait_for_everyone()
+    run.start("vqvae", f"{len(train):,} training images, variance {variance:.5f}")
 
-    def save() -> None:
-        codebooks.check_equal()
-        tensors = training_tensors(model, average.model, optimizer)  # collective with ZeRO
-        if accelerator.is_main_process:
-            state = {
-                "config": resolved,
-                "data_sha256": train.index.sha256,
-                **steps.state(),
-                **stage.provenance(),
-            }
-            checkpoints.save(images_seen, tensors, state)
-        accelerator.wait_for_everyone()
-
-    if checkpoint is None:
-        save()  # the untrained state, so that an early death loses nothing
-    if accelerator.is_main_process:
-        where = f"resuming at {images_seen:,} images" if images_seen else "starting anew"
-        print(f"{config.out}: {where}; {len(train):,} training images, variance {variance:.5f}")
-
-    tracker = Tracker(
-        config.out, "vqvae", config.total_images, images_seen, accelerator.is_main_process
-    )
-    batches = batches_from(images_seen)
-    means, validation = MeanMetrics(), {}
+    batches, validation = batches_from(run.images_seen), {}
     use = CodebookUse(config.model.codebook_sizes, device)
-    trained.train()
-    while images_seen < config.total_images:
-        # Step. The schedule's clock stands still in skipped steps; that of the data goes on.
-        trained_images = images_seen - steps.skipped * config.batch_size
-        rate = learning_rate(
-            trained_images, config.learning_rate, config.schedule,
-            config.warmup_images, config.total_images,
-        )  # fmt: skip
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        revive = images_seen < config.total_images * (1 - config.revival_rest)
-        found = train_step(steps, codebooks, next(batches), config, variance, images_seen, revive)
-        before, images_seen = images_seen, images_seen + config.batch_size
-        if steps.diverged:
-            save()
-            raise steps.error()
+    while run.images_seen < config.total_images:
+        run.start_step()
+        revive = run.images_seen < config.total_images * (1 - config.revival_rest)
+        found = train_step(
+            steps, codebooks, next(batches), config, variance, run.images_seen, revive
+        )
+        metrics = None
         if found is not None:
             metrics, codes, revived = found
-            average.update(model, config.batch_size, trained_images + config.batch_size)
-            means.add(metrics)
             use.add(codes, revived)
-        tracker.advance(config.batch_size)
+        due = run.end_step(metrics)
 
         # Report, validate, save.
-        ends = images_seen >= config.total_images
-        saves = ends or is_due(config.save_every, before, images_seen)
-        logs = saves or is_due(config.log_every, before, images_seen)
-        validates = ends or is_due(config.validate_every, before, images_seen)
-        if is_due(config.compare_every, before, images_seen):
+        if run.is_due(config.compare_every):
             codebooks.check_equal()
-        if logs and means.steps:  # none if all steps since the last line were skipped
-            values = means.values(world) | use.values()
-            values["schedule/learning_rate"] = rate
-            values["loss/skipped_steps"] = steps.skipped
-            if tracker.enabled:
-                values["throughput/images_per_sec"] = tracker.images_per_sec(images_seen)
-            tracker.log(images_seen, values)
-            tracker.show(mse=values["loss/reconstruction"], loss=values["loss/total"])
-        if validates:
+        if due.logs:
+            values = run.means.values(world) | use.values()
+            run.log(values)
+            run.tracker.show(mse=values["loss/reconstruction"], loss=values["loss/total"])
+        if due.validates:
             validation = validate(average.model, valid, config.batch_size, accelerator)
-            tracker.log(images_seen, validation)
-            if tracker.enabled:
+            run.tracker.log(run.images_seen, validation)
+            if accelerator.is_main_process:
                 grid = reconstruction_grid(average.model, valid, device)
-                tracker.image(images_seen, "reconstructions", grid)
+                run.tracker.image(run.images_seen, "reconstructions", grid)
                 pictures.save_png(grid, config.out / "reconstructions.png", scale=2)
-        if saves:
-            save()
-        if logs or validates:
-            tracker.restart_clock(images_seen)
+        if due.saves:
+            run.save()
 
-    tracker.close()
+    run.tracker.close()
     if not validation:  # an earlier run reached the end, but not this line
         validation = validate(average.model, valid, config.batch_size, accelerator)
     if accelerator.is_main_process:
         about = {
-            "config": resolved,
-            "images_seen": images_seen,
+            "config": stage.to_dict(config),
+            "images_seen": run.images_seen,
             "validation": validation,
             "data_variance": variance,
             "data_index_sha256": train.index.sha256,
@@ -406,9 +350,7 @@ def main(config: TrainVQVAE) -> int:
         }
         save_model(config.out, "vqvae", average.model, about)
         print(f"{config.out / 'final'}: validation MSE {validation['validation/mse']:.5f}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return images_seen
+    return run.end()
 
 
 if __name__ == "__main__":
