@@ -14,6 +14,7 @@ import dataclasses
 import json
 import sys
 import tarfile
+import time
 from functools import partial
 from pathlib import Path
 
@@ -221,6 +222,7 @@ def main(config: SamplePrior) -> None:
     bar = progress_bar(
         len(mine) * positions, "samples", unit="codes", disable=not accelerator.is_main_process
     )
+    begun = time.perf_counter()
     for start in range(0, len(mine), config.batch_size):
         batch = mine[start : start + config.batch_size]
         advance = partial(_advance, bar, len(batch))
@@ -231,6 +233,10 @@ def main(config: SamplePrior) -> None:
     accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
+        if missing:
+            speed = len(missing) / (time.perf_counter() - begun)
+            provenance = {"images_per_sec": speed, "provenance": stage.provenance()}
+            stage.write_json(note, {**protocol, **provenance})
         if missing or not (config.out / "samples.png").is_file():
             shown = [
                 np.array(Image.open(path)) for path in files[: config.columns * config.columns]

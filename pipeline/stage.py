@@ -23,7 +23,8 @@ import jsonargparse
 
 Config = TypeVar("Config")
 
-SWITCHES = ("dry_run", "flip", "tar", "cache", "compile")  # flags that may stand without a value
+# flags that may stand without a value
+SWITCHES = ("dry_run", "flip", "tar", "cache", "compile", "binarize")
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_REQUEUE = 0, 1, 2, 85
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,27 @@ def face_shards(tmp_path_factory) -> Path:
         ShardData(source="faces", root=root / "faces", out=root / "shards", num_faces=160,
                   face_size=32, shard_size=50, workers=1)
     )  # fmt: skip
+    return root / "shards"
+
+
+@pytest.fixture(scope="session")
+def digit_shards(tmp_path_factory) -> Path:
+    """Shards of MNIST's form: 120 + 12 grey squares whose size goes with the class."""
+    from pipeline.shard_data import ShardData
+    from pipeline.shard_data import main as shard_data
+
+    root = tmp_path_factory.mktemp("digits")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 120), ("t10k", 12)):
+        labels = generator.integers(0, 10, count).astype(np.uint8)
+        images = np.zeros((count, 28, 28), np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[4 : 6 + 2 * label, 4 : 6 + 2 * label] = generator.integers(100, 256)
+        header = struct.pack(">4i", 2051, count, 28, 28)
+        (root / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        header = struct.pack(">2i", 2049, count)
+        (root / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+    shard_data(ShardData(source="mnist", root=root, out=root / "shards", workers=1))
     return root / "shards"
 
 

@@ -20,29 +20,37 @@ CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml") if path.parent.n
 REQUIRED = {
     "shard_data": ["--out=o", "--root=r", "--source=faces"],
     "train_vqvae": ["--out=o", "--data=d"],
+    "train_vae": ["--out=o", "--data=d"],
+    "report_vae": ["--out=o", "--data=d", "--checkpoint=c"],
     "extract_codes": ["--out=o", "--data=d", "--checkpoint=c"],
     "train_prior": ["--out=o", "--codes=c"],
     "sample_prior": ["--out=o", "--checkpoint=c"],
     "train_classifier": ["--out=o", "--data=d"],
     "evaluate": ["--out=o", "--data=d", "--checkpoint=c", "--judge=j"],
+    "compare": ["--out=o", "--data=d", "--runs=[r]", "--judge=j"],
     "report_levels": ["--out=o", "--data=d", "--checkpoint=c"],
     "run_all": ["--out=o", "--configs=c"],
 }
 
 
+def stage_name(path: Path) -> str:
+    """train_prior_level0.yaml -> train_prior, train_vae_iwae.yaml -> train_vae."""
+    return re.sub(r"_level\d+$|(?<=^train_vae)_.*$", "", path.stem)
+
+
 def stage_of(path: Path):
     """The module and config class of the stage that a YAML belongs to."""
-    name = re.sub(r"_level\d+$", "", path.stem)
+    name = stage_name(path)
     module = importlib.import_module(f"pipeline.{name}")
-    class_name = "".join(word.capitalize() for word in name.split("_")).replace("Vqvae", "VQVAE")
-    return module, getattr(module, class_name)
+    class_name = "".join(word.capitalize() for word in name.split("_"))
+    return module, getattr(module, class_name.replace("Vqvae", "VQVAE").replace("Vae", "VAE"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_yaml_round_trips_through_print_config(path, tmp_path, capsys):
     _, config_type = stage_of(path)
     required = [
-        flag for flag in REQUIRED[re.sub(r"_level\d+$", "", path.stem)]
+        flag for flag in REQUIRED[stage_name(path)]
         if flag[2:].split("=")[0] not in yaml.safe_load(path.read_text())
     ]  # fmt: skip
     config = stage.parse(config_type, [f"--config={path}", *required])
@@ -61,7 +69,7 @@ def test_every_yaml_round_trips_through_print_config(path, tmp_path, capsys):
 )
 def test_every_yaml_builds_its_model(path):
     _, config_type = stage_of(path)
-    required = REQUIRED[re.sub(r"_level\d+$", "", path.stem)]
+    required = REQUIRED[stage_name(path)]
     config = stage.parse(config_type, [*required, f"--config={path}"])
     with torch.device("meta"):
         model = (VQVAE if config_type is TrainVQVAE else PixelCNN)(config.model)
@@ -120,12 +128,25 @@ def test_level_aliases():
 
 
 @pytest.mark.parametrize("script", sorted(REQUIRED))
-def test_help_teaches_and_errors_exit_2(script, tmp_path):
-    text = run_stage(f"{script}.py", "--help", cwd=tmp_path).stdout
-    assert "python pipeline/" in text and "--out" in text
-    failed = run_stage(f"{script}.py", "--nonsense", "1", cwd=tmp_path, check=False)
-    assert failed.returncode == 2
-    assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+def test_help_teaches_and_errors_exit_2(script, capsys, monkeypatch):
+    """In this process: to import torch for each of them would take minutes."""
+    module, config_type = stage_of(Path(f"{script}.yaml"))
+
+    def run(*flags: str):
+        monkeypatch.setattr("sys.argv", [f"{script}.py", *flags])
+        with pytest.raises(SystemExit) as end:
+            stage.run(config_type, module.main, module.__doc__)
+        return end.value.code, capsys.readouterr()
+
+    code, printed = run("--help")
+    assert code == 0 and "python pipeline/" in printed.out and "--out" in printed.out
+    code, printed = run("--nonsense", "1")
+    assert code == 2
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+
+
+def test_a_script_runs_from_any_directory(tmp_path):
+    assert "--out" in run_stage("compare.py", "--help", cwd=tmp_path).stdout
 
 
 def test_missing_inputs_are_named_in_one_line(tmp_path):

@@ -2,10 +2,12 @@
 
 from pipeline.models.classifier import Classifier, ClassifierConfig
 from pipeline.models.pixelcnn import PixelCNN, PixelCNNConfig
+from pipeline.models.vae.vae import VAE, VAEConfig
 from pipeline.models.vqvae import VQVAE, VQVAEConfig
 
 MODELS = {
     "classifier": (ClassifierConfig, Classifier),
+    "vae": (VAEConfig, VAE),
     "vqvae": (VQVAEConfig, VQVAE),
     "pixelcnn": (PixelCNNConfig, PixelCNN),
 }

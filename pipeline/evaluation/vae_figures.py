@@ -1,0 +1,255 @@
+"""The figures of a trained VAE: likelihood, information in the latent, what can be read from it.
+
+All likelihoods and informations are in nats per image. With variational dequantization u takes
+part in the importance weights as z does: log P(x) >= log mean p(y|z) p(z) / q(z|x) q(u|x).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.data.binarize import binarize
+from pipeline.data.images import ImageSet
+from pipeline.evaluation import information, latents, pictures
+from pipeline.evaluation.information import Estimate, mean_with_error
+from pipeline.evaluation.likelihood import (
+    Kind,
+    bits_per_dim,
+    chunk_size,
+    importance_log_likelihood,
+)
+from pipeline.models.vae.distributions import DiagonalGaussian
+from pipeline.models.vae.vae import VAE
+from pipeline.training.tracking import progress_bar
+
+BATCH_SIZE = 50
+COPIES = 8  # of an image's outputs that decoding and scoring one sample hold at once, about
+COSTLY_SAMPLES = 200  # z scored under all N posteriors where that takes an inversion of the flow
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodSettings:
+    """How the likelihood is estimated."""
+
+    num_samples: int = 5_000
+    """Samples per image, of importance sampling with the encoder and of prior Monte Carlo."""
+    num_images: int = 100
+    """Images whose likelihood is estimated, the first of the split."""
+    memory_limit_mib: float = 1_024.0
+    """Memory for the samples decoded at once."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_samples", 1), ("num_images", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"likelihood.{name} must be at least {least}")
+        if self.memory_limit_mib <= 0:
+            raise ValueError("likelihood.memory_limit_mib must be positive")
+
+
+class Split(NamedTuple):
+    """A split as the model sees it."""
+
+    model: VAE
+    images: ImageSet
+    binarized: bool
+    device: torch.device
+
+    def batch(self, where: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, C, S, S) and conditions y (B, E); binarized alike at every call."""
+        batch = pictures.to_unit(self.images[where], self.device)
+        if self.binarized:
+            batch = binarize(batch, range(where.start, where.stop), seed=0)
+        y = self.model.condition(
+            len(batch),
+            torch.from_numpy(self.images.labels[where]).to(self.device),
+            torch.from_numpy(self.images.attributes[where]).to(self.device),
+        )
+        return batch, y
+
+    def batches(self, count: int, size: int = BATCH_SIZE) -> Iterator[tuple]:
+        """The first `count` images in batches."""
+        for start in range(0, count, size):
+            yield self.batch(slice(start, min(start + size, count)))
+
+
+Figures = dict[str, dict[str, Any]]
+
+
+def figure(estimate: Estimate | float, count: int) -> dict[str, Any]:
+    """An entry of the report."""
+    if isinstance(estimate, Estimate):
+        return {"value": estimate.value, "standard_error": estimate.standard_error, "count": count}
+    return {"value": float(estimate), "standard_error": None, "count": count}
+
+
+@torch.no_grad()
+def posterior_means(split: Split, count: int) -> np.ndarray:
+    """Means of q(z|x) of the first images, (count, D)."""
+    means = [split.model.posterior(*batch).mean for batch in split.batches(count)]
+    return torch.cat(means).float().cpu().numpy()
+
+
+@torch.no_grad()
+def reconstruction_figures(split: Split) -> Figures:
+    """Squared error in [0, 1] of the mean reconstruction, and PSNR, over the whole split."""
+    errors = []
+    for images, y in split.batches(len(split.images)):
+        reconstructions = split.model.reconstruct(images, y).clamp(0, 1)
+        errors.append((reconstructions - images).square().mean((1, 2, 3)).double().cpu())
+    mse = torch.cat(errors)
+    psnr = -10 * mse.clamp(min=1e-10).log10()
+    return {
+        "mse": figure(mean_with_error(mse), len(mse)),
+        "psnr": figure(mean_with_error(psnr), len(mse)),
+    }
+
+
+def likelihood_figures(split: Split, settings: LikelihoodSettings, seed: int) -> Figures:
+    """-log p(x) by importance sampling and by prior Monte Carlo, the ELBO, and the gap between."""
+    model, count = split.model, min(settings.num_images, len(split.images))
+    size = model.likelihood.num_outputs * model.config.image_size**2 * 4
+    chunk = chunk_size(settings.num_samples, 1, size * COPIES, settings.memory_limit_mib)
+    found: dict[str, list[torch.Tensor]] = {"encoder": [], "elbo": [], "gap": [], "prior": []}
+    torch.manual_seed(seed)
+    bar = progress_bar(count, f"likelihood, {settings.num_samples} samples")
+    for images, y in split.batches(count, size=1):
+        estimate = importance_log_likelihood(
+            _encoder_weights(model, images, y), settings.num_samples, chunk
+        )
+        found["encoder"].append(estimate.log_likelihood)
+        found["elbo"].append(estimate.elbo)
+        found["gap"].append(estimate.inference_gap)
+        from_prior = importance_log_likelihood(
+            _prior_weights(model, images, y), settings.num_samples, chunk
+        )
+        found["prior"].append(from_prior.log_likelihood)
+        bar.update(1)
+    bar.close()
+    values = {name: torch.cat(parts).cpu() for name, parts in found.items()}
+    figures = {
+        "negative_elbo": figure(mean_with_error(-values["elbo"]), count),
+        "nll_importance": figure(mean_with_error(-values["encoder"]), count),
+        "nll_prior": figure(mean_with_error(-values["prior"]), count),
+        "inference_gap": figure(mean_with_error(values["gap"]), count),
+    }
+    if (kind := density_kind(split)) != "density":
+        dims = model.config.in_channels * model.config.image_size**2
+        value = bits_per_dim(figures["nll_importance"]["value"], dims, kind)
+        figures["bits_per_dim"] = figure(value, count)
+    return figures
+
+
+def density_kind(split: Split) -> Kind:
+    """What the model's likelihood is of: see `bits_per_dim`."""
+    support = split.model.likelihood.support
+    if support == "binary":  # a Bernoulli of grey values is a cross-entropy, no likelihood
+        return "binary" if split.binarized else "density"
+    if support == "density" and split.model.config.dequantization != "none":
+        return "dequantized"
+    return "8bit" if support == "8bit" else "density"
+
+
+def _encoder_weights(model: VAE, images: torch.Tensor, y: torch.Tensor) -> Callable:
+    """k -> log p(x|z) p(z) / q(z|x) (k, B), u of the dequantization drawn along with z."""
+    posterior, prior = model.posterior(images, y), model.prior(y)
+
+    def log_weights(k: int) -> torch.Tensor:
+        z, log_q = posterior.draw(k)
+        return _log_likelihood(model, images, z, y) + prior.log_prob(z) - log_q
+
+    return log_weights
+
+
+def _prior_weights(model: VAE, images: torch.Tensor, y: torch.Tensor) -> Callable:
+    """k -> log p(x|z) (k, B), z from the prior."""
+    prior = model.prior(y)
+    return lambda k: _log_likelihood(model, images, prior.draw(k)[0], y)
+
+
+def _log_likelihood(model: VAE, images: torch.Tensor, z: torch.Tensor, y: torch.Tensor):
+    """log p(y|z) - log q(u|x), each sample with a u of its own, (k, B)."""
+    if model.config.dequantization == "none":
+        return model.log_likelihood(images, z, y)
+    repeated = images.expand(len(z), *images.shape).flatten(0, 1)
+    targets, log_u = model.dequantizer(repeated)
+    targets = targets.unflatten(0, z.shape[:2])
+    return model.log_likelihood(targets, z, y) - log_u.unflatten(0, z.shape[:2])
+
+
+@torch.no_grad()
+def information_figures(split: Split, seed: int) -> Figures:
+    """KL, I_q and KL(q(z)||p(z)) with q(z) from all posteriors of the split; the Barber-Agakov
+    bound of the model's own joint, as many draws."""
+    model, count = split.model, len(split.images)
+    torch.manual_seed(seed)
+    batches = list(split.batches(count, size=count))
+    images, y = batches[0]
+    posterior, prior = model.posterior(images, y), model.prior(y)
+    z = posterior.draw(1)[0][0]  # (N, D)
+    chosen = torch.arange(count, device=z.device)
+    if isinstance(posterior, DiagonalGaussian):
+        log_q = information.diagonal_gaussian_log_q(posterior.mean, posterior.log_variance)
+    else:
+        if model.flow is not None:
+            chosen = chosen[:COSTLY_SAMPLES]
+        log_q = lambda z: posterior.log_prob(z[:, None].expand(-1, count, -1))  # noqa: E731
+    if model.config.prior == "learned":  # p(z) is the mean of p(z|y) over the conditions
+        log_prior = lambda z: prior.log_prob(z[:, None]).logsumexp(1) - math.log(count)  # noqa: E731
+    else:
+        log_prior = lambda z: prior.log_prob(z[:, None])[:, 0]  # noqa: E731
+    found = information.aggregate_information(z[chosen], chosen, log_q, log_prior, chunk=16)
+
+    z, log_prior_z = prior.draw(1)
+    log_posterior = []
+    for part in chosen.split(BATCH_SIZE):
+        drawn = model.decode_draw(z[0][part], y[part])
+        log_posterior.append(model.posterior(drawn, y[part]).log_prob(z[:, part])[0])
+    bound = information.barber_agakov(torch.cat(log_posterior), -log_prior_z[0][chosen])
+    means = posterior.mean
+    return {
+        "kl": figure(found.kl, count),
+        "information": figure(found.information, count),
+        "information_ceiling": figure(found.ceiling, count),
+        "marginal_kl": figure(found.marginal_kl, count),
+        "barber_agakov": figure(bound, len(chosen)),
+        "active_units": figure(information.active_units(means), count),
+    }
+
+
+def latent_figures(train: Split, valid: Split, train_count: int, seed: int) -> Figures:
+    """What a linear probe reads of the attributes (or classes), what MIG and DCI say where the true
+    factors are known, and how far the latents are from N(0, I)."""
+    count = len(valid.images)
+    learned, held_out = posterior_means(train, train_count), posterior_means(valid, count)
+    attributes = [targets_of(train.images)[:train_count], targets_of(valid.images)]
+    figures: Figures = {}
+    if attributes[0].shape[1]:
+        probe = latents.linear_probe(learned, attributes[0], held_out, attributes[1])
+        figures["probe_average_precision"] = figure(probe.mean_average_precision, count)
+        figures["probe_balanced_accuracy"] = figure(probe.mean_balanced_accuracy, count)
+    factors = [train.images.factors[:train_count], valid.images.factors]
+    if factors[0].shape[1]:
+        gap = latents.mutual_information_gap(learned, factors[0])
+        figures["mig"] = figure(gap.mean, train_count)
+        found = latents.dci(learned, factors[0], held_out, factors[1], seed)
+        figures["dci_disentanglement"] = figure(found.disentanglement, count)
+        figures["dci_completeness"] = figure(found.completeness, count)
+        figures["dci_informativeness"] = figure(found.informativeness, count)
+    if train.model.config.posterior != "bernoulli" and train.model.config.prior == "standard":
+        distance = latents.wasserstein_to_prior(held_out, seed=seed)
+        figures["wasserstein_gaussian"] = figure(distance.gaussian, count)
+        figures["wasserstein_sliced"] = figure(distance.sliced, count)
+    return figures
+
+
+def targets_of(images: ImageSet) -> np.ndarray:
+    """What a probe predicts, (N, A) in {-1, 0, +1}: the attributes, or each class against the
+    others."""
+    if images.attributes.shape[1] or not images.index.class_names:
+        return images.attributes
+    classes = np.arange(len(images.index.class_names))
+    return np.where(images.labels[:, None] == classes, 1, -1).astype(np.int8)
