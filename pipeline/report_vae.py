@@ -32,6 +32,7 @@ from pipeline.training.checkpoint import load_model, model_sha256, read_about
 from pipeline.training.tracking import Tracker
 
 MEANINGS = {
+    "reconstruction": "-E log p(x|z), one z per image",
     "mse": "squared error of the mean reconstruction, pixels in [0, 1]",
     "psnr": "its PSNR in dB, mean over images",
     "negative_elbo": "-ELBO, the mean log weight of the samples below",
@@ -183,7 +184,7 @@ def main(config: ReportVAE) -> int:
     train, valid = (Split(model, images, trained_with["binarize"], device) for images in sets)
     train_count = min(config.train_images, len(train.images))
 
-    figures: Figures = vae_figures.reconstruction_figures(valid)
+    figures: Figures = vae_figures.reconstruction_figures(valid, config.seed)
     if model.config.has_density:
         figures |= vae_figures.likelihood_figures(valid, config.likelihood, config.seed)
         figures |= vae_figures.information_figures(valid, config.seed)
