@@ -24,7 +24,7 @@ else
 endif
 
 test: $(ENGINES)
-	$(PYTHON) -m pytest -m "not gpu and not slurm and not faults and not browser"
+	$(PYTHON) -m pytest -n 2 -m "not gpu and not slurm and not faults and not browser"
 
 check: $(ENGINES)
 	$(PYTHON) -m ruff check .
