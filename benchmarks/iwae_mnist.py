@@ -27,7 +27,7 @@ k, over the same images. `hours` are those of training all models of a k, `cpu_h
 time of them.
 
 On one core of an AMD EPYC with AVX-512, shared with other work, an update of all models of
-k = 1, 5, 50 took 8, 22 and 150 ms: 2 hours for three stages (13 passes), 490 for the published
+k = 1, 5, 50 took 8, 24 and 140 ms: 2 hours for three stages (13 passes), 470 for the published
 eight (3,280 passes, 9.84 million updates). L_5000 took 0.15, 0.3 and 0.3 s per test image.
 """
 

@@ -32,22 +32,26 @@ import torch
 
 from pipeline import stage
 from pipeline.data.images import open_images
-from pipeline.evaluation import comparison, extractors, fidelity, pictures
+from pipeline.evaluation import comparison, extractors, fidelity, latent_pictures, pictures
 from pipeline.evaluation.comparison import Data, Figures
 from pipeline.evaluation.fidelity import Score
 from pipeline.evaluation.judge import half_of
 from pipeline.evaluation.likelihood import bits_per_dim
 from pipeline.evaluation.sets import SampleFiles, batches_of, blurred, choose
+from pipeline.evaluation.vae_figures import Split
 from pipeline.training.checkpoint import final_directory, load_model, model_sha256, read_about
 
 VERSION = 1  # of the figures, to be raised with every change that alters one
-OWN_FILES = ("comparison", "references", "status")  # .json in --out, so no names of runs
+OWN_FILES = ("comparison", "references", "scatter", "status")  # in --out, so no names of runs
 FROM_REPORT = {  # figure of report_vae.py -> of the table
     "mse": "mse",
     "negative_elbo": "negative_elbo",
     "nll_importance": "bound",
     "bits_per_dim": "bits_per_dim",
+    "inference_gap": "inference_gap",
     "kl": "kl",
+    "marginal_kl": "marginal_kl",
+    "barber_agakov": "barber_agakov",
     "information": "information",
     "information_ceiling": "information_ceiling",
     "active_units": "active_units",
@@ -132,7 +136,7 @@ def from_report(name: str, run: Path, sha256: str, config: Compare) -> Figures:
         report = json.loads(path.read_text())
         protocol = report["protocol"]
     made_of = (protocol.get("checkpoint", {}).get("sha256"), protocol.get("split"))
-    if made_of != (sha256, config.split):
+    if made_of != (sha256, config.split):  # the checkpoint knows its data
         print(
             f"{name}: no likelihood and information of this checkpoint: python "
             f"pipeline/report_vae.py --data {config.data} --checkpoint {run} --out {path.parent} "
@@ -145,6 +149,12 @@ def from_report(name: str, run: Path, sha256: str, config: Compare) -> Figures:
             value, error = found["value"], found["standard_error"]
             interval = None if error is None else (value - 1.96 * error, value + 1.96 * error)
             figures[ours] = figure(value, interval)
+    if "bound" in figures:  # of how many images, by how many samples of each
+        figures["likelihood_images"] = figure(report["figures"]["nll_importance"]["count"])
+        figures["likelihood_samples"] = figure(protocol["likelihood"]["num_samples"])
+    if protocol["binarized"]:  # of other pixels than the other runs' figures
+        for name in ("mse", "bits_per_dim"):
+            figures.pop(name, None)
     return figures
 
 
@@ -218,6 +228,21 @@ def measure(
     figures, grid = comparison.measure(model, material, data, scorers, real_features())
     pictures.save_png(grid, picture)
     return figures
+
+
+def in_plane(about: dict[str, Any]) -> bool:
+    """True for a VAE or AE whose latent can be drawn on paper."""
+    model = about["model"]
+    flat = about["kind"] == "vae" and model["latent_dim"] == 2 and not model["top_dim"]
+    return flat and model["posterior"] != "bernoulli"
+
+
+def plane(name: str, run: Path, data: Data) -> latent_pictures.Posteriors:
+    """The posteriors of the first real images, to be drawn beside those of other runs."""
+    model = load_model(run, "vae").to(data.device)
+    split = Split(model, data.real, read_about(run)["config"]["binarize"], data.device)
+    many = slice(0, min(500, len(data.real)))
+    return latent_pictures.plane_posteriors(name, model, *split.batch(many), data.real.labels[many])
 
 
 def main(config: Compare) -> None:
@@ -301,6 +326,12 @@ def main(config: Compare) -> None:
             if samples and "images_per_sec" in samples.protocol:
                 rows[name]["sampling_images_per_sec"] = figure(samples.protocol["images_per_sec"])
 
+    drawn = {name: f"{name}.png" for name in runs}
+    planes = [plane(name, runs[name], data) for name, about in abouts.items() if in_plane(about)]
+    if planes:
+        pictures.save_png(latent_pictures.posterior_scatter(planes), config.out / "scatter.png")
+        drawn["scatter"] = "scatter.png"
+
     report = {
         "protocol": {**protocol, "data": str(config.data), **stage.provenance()},
         "runs": {
@@ -310,7 +341,7 @@ def main(config: Compare) -> None:
         },
         "references": references,
         "rows": comparison.with_seeds(rows),
-        "pictures": {name: f"{name}.png" for name in runs},
+        "pictures": drawn,
     }  # fmt: skip
     stage.write_json(config.out / "comparison.json", report)
     temporary = config.out / ".comparison.md"

@@ -38,9 +38,10 @@ MEANINGS = {
     "negative_elbo": "-ELBO, the mean log weight of the samples below",
     "nll_importance": "-log p(x), importance sampling with the encoder: in the mean an upper bound",
     "nll_prior": "-log p(x), prior Monte Carlo: in the mean an upper bound, far above for large D",
+    "nll_exact": "-log p(x) by enumeration of all bits",
     "inference_gap": "-ELBO minus -log p(x) by importance sampling",
     "bits_per_dim": "-log P(x) by importance sampling in bits per dimension",
-    "kl": "KL(q(z|x) || p(z))",
+    "kl": "KL(q(z|x) || p(z)); with a condition p(z) is the mean of p(z|y), so not the ELBO's KL",
     "information": "I_q = KL - KL(q(z) || p(z)): what z knows of which image it came from",
     "information_ceiling": "ln N, the most that I_q can be with N images",
     "marginal_kl": "KL(q(z) || p(z)): how far all posteriors together are from the prior",
@@ -53,8 +54,10 @@ MEANINGS = {
     "dci_disentanglement": "DCI with the true factors: disentanglement",
     "dci_completeness": "completeness",
     "dci_informativeness": "informativeness",
-    "wasserstein_gaussian": "2-Wasserstein distance of the latents' fitted Gaussian to N(0, I)",
-    "wasserstein_sliced": "sliced 2-Wasserstein distance of the latents to N(0, I)",
+    "wasserstein_gaussian": "2-Wasserstein distance to N(0, I) of draws of q(z), as a Gaussian",
+    "wasserstein_floor_gaussian": "the same for draws of N(0, I) itself",
+    "wasserstein_sliced": "sliced 2-Wasserstein distance of draws of q(z) to N(0, I)",
+    "wasserstein_floor_sliced": "the same for draws of N(0, I) itself",
 }
 
 
@@ -97,10 +100,12 @@ def draw_pictures(
         ),
     }
     learned = vae_figures.posterior_means(train, train_count)
-    for name, density in (
-        ("gaussian", latents.fit_gaussian(learned)),
-        ("mixture", latents.fit_mixture(learned, 10, seed)),
-    ):
+    for name, components in (("gaussian", 1), ("mixture", 10)):
+        try:
+            density = latents.fit_mixture(learned, components, seed)
+        except ValueError as error:
+            print(f"no samples of a {name}: {error}; raise --train_images")
+            continue
         z = torch.from_numpy(latents.sample_density(density, len(y), seed)).to(y)
         drawn[f"samples-{name}"] = latent_pictures.samples(model, z, y, seed)
     names = valid.images.index.attribute_names or valid.images.index.class_names
@@ -119,24 +124,18 @@ def draw_pictures(
             drawn["manipulation"] = latent_pictures.manipulation(model, images[:8], y[:8], chosen)
     if model.config.has_plane:
         drawn["manifold"] = latent_pictures.manifold(model, y[:1])
-        drawn["scatter"] = latent_pictures.posterior_scatter([_posteriors(config, valid)])
+        many = slice(0, min(500, len(valid.images)))
+        labels = valid.images.labels[many]
+        drawn["scatter"] = latent_pictures.posterior_scatter(
+            [
+                latent_pictures.plane_posteriors(
+                    config.checkpoint.name, model, *valid.batch(many), labels
+                )
+            ]
+        )
     if (config.checkpoint / "metrics.jsonl").is_file():
         drawn["curves"] = latent_pictures.curves(config.checkpoint / "metrics.jsonl")
     return drawn
-
-
-@torch.no_grad()
-def _posteriors(config: ReportVAE, valid: Split) -> latent_pictures.Posteriors:
-    count = min(500, len(valid.images))
-    found = valid.model.posterior(*valid.batch(slice(0, count)))
-    log_variances = getattr(found, "log_variance", None)
-    labels = valid.images.labels[:count]
-    return latent_pictures.Posteriors(
-        config.checkpoint.name,
-        found.mean.float().cpu().numpy(),
-        None if log_variances is None else log_variances.float().cpu().numpy(),
-        labels if (labels >= 0).all() else None,
-    )
 
 
 def markdown(report: dict) -> str:
@@ -184,9 +183,14 @@ def main(config: ReportVAE) -> int:
     train, valid = (Split(model, images, trained_with["binarize"], device) for images in sets)
     train_count = min(config.train_images, len(train.images))
 
+    likelihood_of = None
     figures: Figures = vae_figures.reconstruction_figures(valid, config.seed)
     if model.config.has_density:
-        figures |= vae_figures.likelihood_figures(valid, config.likelihood, config.seed)
+        try:
+            likelihood_of = vae_figures.density_kind(valid)
+            figures |= vae_figures.likelihood_figures(valid, config.likelihood, config.seed)
+        except ValueError as error:
+            print(f"no likelihood: {error}")
         figures |= vae_figures.information_figures(valid, config.seed)
         if (count := len(valid.images)) < 2_000:
             print(f"I_q rests on {count:,} images: it is at most {math.log(count):.2f} nats")
@@ -201,7 +205,7 @@ def main(config: ReportVAE) -> int:
         "binarized": trained_with["binarize"],
         "train_images": train_count,
         "likelihood": stage.to_dict(config.likelihood),
-        "likelihood_of": vae_figures.density_kind(valid),
+        "likelihood_of": likelihood_of,
         "seed": config.seed,
         "checkpoint": {
             "path": str(config.checkpoint),

@@ -65,7 +65,8 @@ class TrainVAE:
     kl_warmup_images: int = 0
     """Images over which the weight of the KL grows linearly to beta; 0 = at once."""
     encoder_steps: int = 1
-    """Steps of the encoder for each step of decoder and prior (aggressive inference)."""
+    """Steps of the encoder for each step of decoder and prior (aggressive inference, He et al.
+    2019): in the others the learning rate of decoder and prior is 0."""
     aggressive_images: int = 0
     """First part of the run in which encoder_steps holds; after it, both step always."""
     total_images: int = 400_000
@@ -105,6 +106,12 @@ class TrainVAE:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.encoder_steps < 1:
             raise ValueError(f"encoder_steps must be at least 1, got {self.encoder_steps}")
+        if self.seed < 0 or self.kl_warmup_images < 0:
+            raise ValueError("seed and kl_warmup_images must not be negative")
+        if self.kl_warmup_images and (self.objective.name != "elbo" or not self.model.has_density):
+            raise ValueError(
+                "kl_warmup_images is for objective elbo, and not for an AE: it has no KL"
+            )
         if (self.encoder_steps > 1) != (self.aggressive_images > 0):
             raise ValueError("encoder_steps above 1 and aggressive_images belong together")
         if self.model.prior == "learned" and self.condition == "none":
@@ -133,10 +140,9 @@ def model_config(config: TrainVAE, images: ImageSet) -> VAEConfig:
     return found
 
 
-def beta_at(config: TrainVAE, trained_images: int) -> float:
-    """The weight of the KL after so many images."""
-    warmup = min(1.0, trained_images / config.kl_warmup_images) if config.kl_warmup_images else 1.0
-    return config.objective.beta * warmup
+def warmup_at(config: TrainVAE, trained_images: int) -> float:
+    """The share of beta in force after so many images."""
+    return min(1.0, trained_images / config.kl_warmup_images) if config.kl_warmup_images else 1.0
 
 
 def noise_seed(seed: int, images_seen: int, rank: int) -> int:
@@ -160,8 +166,9 @@ def validate(split: Split, batch_size: int, accelerator: Accelerator) -> dict[st
         images, y = split.batch(where)
         found = model(images, y, Objective(), one)
         means[where] = model.posterior(images, y).mean
-        reconstructions = model.decode_mean(means[where], y).clamp(0, 1)
-        found["mse"] = (reconstructions - images).square().mean()
+        if not model.config.context_layers:  # that would go pixel by pixel
+            reconstructions = model.decode_mean(means[where], y).clamp(0, 1)
+            found["mse"] = (reconstructions - images).square().mean()
         for name in ("reconstruction", "kl", "negative_elbo", "mse"):
             if name in found:
                 sums[name] = sums.get(name, 0) + found[name].double() * len(images)
@@ -190,6 +197,10 @@ def main(config: TrainVAE) -> int:
     accelerator = distributed.make_accelerator()
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     distributed.check_global_batch(config.batch_size, world)
+    if config.objective.mmd_weight and config.batch_size < 2 * world:
+        raise stage.UserError(
+            "mmd_weight compares images: at least 2 per process, see --batch_size"
+        )
     if zero.is_zero(accelerator) and config.encoder_steps > 1:
         raise stage.UserError("encoder_steps needs two learning rates: start without DeepSpeed")
 
@@ -225,6 +236,13 @@ def main(config: TrainVAE) -> int:
         y = model.condition(len(images), batch["labels"].to(device), batch["attributes"].to(device))
         return images, y
 
+    first, _ = inputs(
+        {name: torch.from_numpy(a) for name, a in train.fetch(np.arange(1)).items()}, 0
+    )
+    try:
+        model.likelihood.check(model.dequantizer(first)[0])
+    except ValueError as error:
+        raise stage.UserError(f"{config.data}: {error}") from error
     if config.dry_run:
         arrays = train.fetch(np.arange(config.batch_size // world) % len(train))
         images, y = inputs({name: torch.from_numpy(a) for name, a in arrays.items()}, 0)
@@ -252,11 +270,11 @@ def main(config: TrainVAE) -> int:
         images, y = inputs(next(batches), run.images_seen)
         # Noise is keyed by position, so a resumed run needs no generator's state.
         torch.manual_seed(noise_seed(config.seed, run.images_seen, rank))
-        beta = torch.tensor(beta_at(config, run.trained_images), device=device)
-        found = trained(images, y, config.objective, beta)
+        warmup = torch.tensor(warmup_at(config, run.trained_images), device=device)
+        found = trained(images, y, config.objective, warmup)
         norm = steps.take([found["loss"]])
         metrics = {f"vae/{name}": value for name, value in found.items()}
-        metrics |= {"schedule/beta": beta, "gradient/norm": norm}
+        metrics |= {"schedule/kl_warmup": warmup, "gradient/norm": norm}
         due = run.end_step(None if norm is None else metrics)
 
         # Report, validate, save.

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
 from pipeline import compare, stage
@@ -400,17 +401,25 @@ def test_a_report_is_read_if_it_is_of_this_checkpoint_and_split(tree, face_shard
     run = tmp_path / "vae"
     shutil.copytree(tree / "vae-seed0", run)
     sha256, given = model_sha256(run), config(tree, face_shards, tmp_path)
-    protocol = {"split": "valid", "checkpoint": {"sha256": sha256}}
+    protocol = {"split": "valid", "checkpoint": {"sha256": sha256}, "binarized": False}
+    protocol["likelihood"] = {"num_samples": 500}
     figures = {
+        "mse": {"value": 0.1, "standard_error": None, "count": 50},
         "nll_importance": {"value": -100.0, "standard_error": 2.0, "count": 50},
         "active_units": {"value": 3.0, "standard_error": None, "count": 50},
         "mig": {"value": 0.5, "standard_error": None, "count": 50},
     }
     stage.write_json(run / "report/report.json", {"protocol": protocol, "figures": figures})
     found = compare.from_report("vae", run, sha256, given)
-    assert set(found) == {"bound", "active_units"}
+    assert set(found) == {
+        "mse", "bound", "likelihood_images", "likelihood_samples", "active_units"
+    }  # fmt: skip
+    assert found["likelihood_samples"]["value"] == 500
     assert found["bound"]["interval"] == pytest.approx((-103.92, -96.08))
     assert compare.from_report("vae", run, "0" * 64, given) == {}
+    report = {"protocol": protocol | {"binarized": True}, "figures": figures}
+    stage.write_json(run / "report/report.json", report)
+    assert "mse" not in compare.from_report("vae", run, sha256, given)  # of other pixels
     given = config(tree, face_shards, tmp_path, split="test")
     assert compare.from_report("vae", run, sha256, given) == {}
 
@@ -478,3 +487,15 @@ def test_both_ways_to_name_runs():
     listed = stage.parse(Compare, [*words, "--runs", "[a/x, b]"])
     assert stage.parse(Compare, [*words, "--runs+=a/x", "--runs+=b"]) == listed
     assert [str(path) for path in listed.runs] == ["a/x", "b"]
+
+
+def test_runs_in_the_plane_are_drawn_beside_each_other(images, tree, face_shards, tmp_path):
+    root = tmp_path / "planes"
+    save_model(root / "ae", "vae", vae(posterior="delta", latent_dim=2), about(images))
+    save_model(root / "vae", "vae", vae(latent_dim=2), about(images))
+    shutil.copytree(tree / "judge", root / "judge")
+    runs = [root / "ae", root / "vae"]
+    compare.main(config(root, face_shards, tmp_path / "out", runs=runs))
+    assert read(tmp_path / "out")["pictures"]["scatter"] == "scatter.png"
+    width, height = Image.open(tmp_path / "out/scatter.png").size
+    assert width > 1.5 * height  # two panels

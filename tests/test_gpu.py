@@ -11,6 +11,8 @@ import torch
 from pipeline.models.pixelcnn import PixelCNN, PixelCNNConfig
 from pipeline.models.quantizers import PlacedCodes
 from pipeline.models.sampling import gumbel_noise, sample_codes
+from pipeline.models.vae.objectives import Objective
+from pipeline.models.vae.vae import VAE, VAEConfig
 from pipeline.models.vqvae import VQVAE, VQVAEConfig, loss
 from pipeline.training.codebooks import Codebooks, Part, start_codebooks
 
@@ -104,3 +106,33 @@ def test_the_quantizer_stays_fp32_under_bf16(quantizer):
         assert found.quantized.dtype == found.commitment.dtype == torch.float32
         if isinstance(level, PlacedCodes):
             assert level.counts.dtype == level.vectors_of_codes().dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("model", "objective"),
+    [
+        ({}, {"kl": "sampled"}),
+        ({"posterior": "iaf"}, {}),
+        ({"top_dim": 2}, {"name": "iwae", "num_samples": 3}),
+        ({}, {"name": "iwae", "num_samples": 3, "encoder_gradient": "dreg"}),
+        ({"posterior": "bernoulli"}, {"name": "exact"}),
+        ({"posterior": "bernoulli"}, {"name": "wake-sleep"}),
+        ({"posterior": "delta"}, {"mmd_weight": 1.0}),
+        ({"likelihood": "logistic_mixture", "context_layers": 1}, {}),
+        ({"dequantization": "variational", "likelihood": "gaussian_pixel"}, {"name": "prior-mc"}),
+    ],
+    ids=str,
+)
+def test_vaes_train_in_bf16_on_the_device(model, objective):
+    """All parameters get finite gradients, and the densities stay at least fp32."""
+    config = VAEConfig(image_size=32, channels=8, latent_dim=4, **model)
+    vae = VAE(config).cuda().to(memory_format=torch.channels_last)
+    images = torch.randint(0, 256, (4, 3, 32, 32), device="cuda") / 255
+    y = vae.condition(4)
+    with torch.autocast("cuda", torch.bfloat16):
+        values = vae(images, y, Objective(**objective), torch.ones((), device="cuda"))
+    assert values["loss"].dtype == torch.float32
+    values["loss"].backward()
+    missing = [name for name, p in vae.named_parameters() if p.grad is None]
+    assert not missing and all(p.grad.isfinite().all() for p in vae.parameters())
+    assert vae.decode_draw(vae.prior(y).draw(1)[0][0], y).device.type == "cuda"

@@ -181,24 +181,39 @@ def test_elbo_at_variance_s_with_beta_is_beta_times_elbo_at_variance_beta_s():
         torch.testing.assert_close(first[name], beta * second[name])
 
 
-def test_mean_reduction_is_a_beta_of_pixels_over_latents_and_shrinks_the_kl():
-    """What many codes do: means instead of sums. The same as beta = d / D."""
-    x = points(64)
-    objective, kls = Objective(), {}
-    for beta in (1.0, 2 / 8):  # d = 2 pixels, D = 8 latent dimensions: here it lets the KL grow
-        model = small(latent_dim=8, variance=0.01)
-        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+def test_means_in_place_of_sums_are_a_beta_of_pixels_over_latents_and_shrink_the_kl():
+    """What many codes do: a mean over pixels, and one over latent dimensions."""
+    generator = torch.Generator().manual_seed(1)
+    factors = torch.rand(64, 2, generator=generator, dtype=torch.float64)
+    x = factors @ torch.rand(2, 32, generator=generator, dtype=torch.float64) / 2
+    x, y, kls = x.reshape(64, 2, 4, 4), nothing(64), {}
+    for reduction in ("sum", "mean"):
+        model = small(latent_dim=2, image_size=4, variance=0.05)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
         torch.manual_seed(0)
-        for _ in range(150):
-            values = model(x, nothing(64), objective, beta * ONE)
+        for _ in range(100):
+            if reduction == "sum":
+                values = model(x, y, Objective(), ONE)
+                loss, kl = values["loss"], values["kl"]
+            else:
+                q = model.posterior(x, y)
+                z, _ = q.draw(1)
+                nats = 0.5 * (model.decode_mean(z[0], y) - x).square() / 0.05
+                loss, kl = nats.mean() + q.kl(model.prior(y)).mean(), q.kl(model.prior(y))
             optimizer.zero_grad()
-            values["loss"].backward()
+            loss.backward()
             optimizer.step()
-        kls[beta] = values["kl"].item()
-        mean_reduced = (values["reconstruction"] / 2 + values["kl"] / 8) * 2
-        if beta != 1:
-            torch.testing.assert_close(values["loss"], mean_reduced)
-    assert kls[2 / 8] > 1.1 * kls[1.0]
+        kls[reduction] = kl.detach().sum() / (64 if reduction == "mean" else 1)
+    assert kls["mean"] < 0.5 * kls["sum"]
+    # and the two losses are one: d = 32, D = 2
+    torch.manual_seed(3)
+    values = model(x, y, Objective(beta=32 / 2), ONE)
+    torch.manual_seed(3)
+    q = model.posterior(x, y)
+    nats = 0.5 * (model.decode_mean(q.draw(1)[0][0], y) - x).square() / 0.05
+    means = nats.mean() + q.kl(model.prior(y)).mean()
+    constant = 16 * math.log(2 * math.pi * 0.05)
+    torch.testing.assert_close(values["loss"] - constant, 32 * means)
 
 
 def test_free_bits_charge_each_dimension_at_least_its_floor():
@@ -406,12 +421,10 @@ def test_score_function_gradient_of_the_elbo_has_the_right_mean():
     q, prior = model.posterior(x, y), model.prior(y)
     reconstruction = -(q.log_prob(z).exp() * model.log_likelihood(x, z, y)).sum(0).mean()
     expected = gradients(model, reconstruction + q.kl(prior).sum(-1).mean())
-    for samples in (1, 4):
+    for samples, kl in ((1, "closed"), (4, "closed"), (4, "sampled")):
         torch.manual_seed(samples)
-        found = [
-            gradients(model, model(x, y, Objective(num_samples=samples), ONE)["loss"])
-            for _ in range(400)
-        ]
+        objective = Objective(num_samples=samples, kl=kl)
+        found = [gradients(model, model(x, y, objective, ONE)["loss"]) for _ in range(300)]
         for name, value in expected.items():
             draws = torch.stack([one[name] for one in found])
             error = draws.std(0) / math.sqrt(len(draws))
@@ -468,6 +481,9 @@ def test_images_of_any_allowed_size_go_through(network, size):
         ({"likelihood": "categorical", "dequantization": "uniform"}, "dequantization"),
         ({"latent_dim": 0}, "latent_dim"),
         ({"context_dropout": 1.0}, "context_dropout"),
+        ({"context_dropout": 0.1}, "context_layers"),
+        ({"context_layers": 1, "context_kernel": 4}, "context_kernel"),
+        ({"prior": "learned", "posterior": "delta"}, "prior learned"),
     ],
 )
 def test_a_config_that_makes_no_model_is_refused_by_name(changes, named):
@@ -481,6 +497,7 @@ def test_a_config_that_makes_no_model_is_refused_by_name(changes, named):
         ({"num_samples": 0}, "num_samples"),
         ({"beta": -1.0}, "beta"),
         ({"name": "iwae", "beta": 2.0}, "beta"),
+        ({"name": "iwae", "kl": "sampled"}, "objective.kl"),
         ({"encoder_gradient": "dreg"}, "encoder_gradient"),
     ],
 )
@@ -498,6 +515,13 @@ def test_an_objective_that_means_nothing_is_refused_by_name(changes, named):
         ({"posterior": "delta"}, {"name": "iwae"}, "delta"),
         ({"posterior": "iaf"}, {"name": "iwae", "encoder_gradient": "dreg"}, "gaussian"),
         ({"num_classes": 3}, {"name": "prior-mc"}, "condition"),
+        ({"posterior": "delta"}, {"num_samples": 2}, "no samples"),
+        ({"posterior": "bernoulli"}, {"mmd_weight": 1.0}, "mmd_weight"),
+        (
+            {"posterior": "bernoulli", "latent_dim": 4},
+            {"name": "exact", "num_samples": 2},
+            "num_samples",
+        ),
     ],
 )
 def test_objectives_that_do_not_fit_the_model_are_refused(model, objective, named):

@@ -86,12 +86,15 @@ def vae_material(model: VAE, binarized: bool, data: Data) -> Material:
     )
     learned = vae_figures.posterior_means(train, data.num_train)
     means = vae_figures.posterior_means(real, len(data.real))[data.chosen]
-    z, y = torch.from_numpy(means).to(data.device), conditions(model, data.real, data.chosen)
+    z, y = (
+        torch.from_numpy(means).to(data.device),
+        vae_figures.conditions(model, data.real, data.chosen),
+    )
     sets = {
         "reconstructions": decoded(model, z, y),
         "samples": decoded(model, prior_latents(model, y, data.seed), y),
     }
-    y_train = conditions(model, data.train, rng.integers(data.num_train, size=count))
+    y_train = vae_figures.conditions(model, data.train, rng.integers(data.num_train, size=count))
     for name, components in (("gaussian", 1), ("mixture", COMPONENTS)):
         try:
             density = latents.fit_mixture(learned, components, data.seed)
@@ -103,16 +106,6 @@ def vae_material(model: VAE, binarized: bool, data: Data) -> Material:
     other = torch.from_numpy(levels.partners(count, data.seed))
     sets["interpolations"] = decoded(model, z.lerp(z[other], 0.5), y.lerp(y[other], 0.5))
     return Material(sets, [("latent", learned, means)])
-
-
-def conditions(model: VAE, images: ImageSet, indices: np.ndarray) -> torch.Tensor:
-    """y (N, E) of the images at `indices`; E = 0 without a condition."""
-    device = model.to_posterior.weight.device
-    return model.condition(
-        len(indices),
-        torch.from_numpy(images.labels[indices]).to(device),
-        torch.from_numpy(images.attributes[indices]).to(device),
-    )
 
 
 @torch.no_grad()
@@ -261,7 +254,7 @@ def measure(
         rows.append(images[:SHOWN])
     scores["parameters"] = Score(sum(each.numel() for each in model.parameters()))
     if isinstance(model, VAE):
-        y = conditions(model, data.real, data.chosen)
+        y = vae_figures.conditions(model, data.real, data.chosen)
         scores["sampling_images_per_sec"] = Score(sampling_speed(model, y))
     else:
         reconstructions: Any = material.sets["reconstructions"]
@@ -338,7 +331,9 @@ NOTES = {
     "likelihood": "Nats are per image. The bound is on -log p(x), or on -log p(x|y) of a "
     "conditional model: importance-weighted for a VAE; for a VQ-VAE -log p(x|z_q) - log p(codes), "
     "with a discretized logistic of one scale. Nats of a density and of a mass are not comparable, "
-    "bits/dim are. The code length is that of the codes alone, without the pixels: no bits/dim.",
+    "bits/dim are. The code length is that of the codes alone, without the pixels: no bits/dim. "
+    "The bound of a VAE is over so many images, by so many samples each; a model of binarized pixels "
+    "has no MSE and no bits/dim here, since these are of other images.",
     "latent": "I_q is at most ln N, its ceiling. The probe is linear, mean over attributes (or "
     "classes): of the posterior mean, or of a level's quantized vectors, level 0 the coarsest.",
     "cost": "Parameters are those of encoder and decoder, without a VQ-VAE's priors and the codes "
@@ -349,6 +344,9 @@ COLUMNS = {  # table -> tag -> title
     "likelihood": {
         "negative_elbo": "-ELBO, nats",
         "bound": "bound, nats",
+        "likelihood_images": "images",
+        "likelihood_samples": "samples",
+        "inference_gap": "inference gap",
         "bits_per_dim": "bound, bits/dim",
         "code_length_nats": "code length, nats",
         "code_length_bits_per_dimension": "code length, bits per dimension",
@@ -359,6 +357,8 @@ COLUMNS = {  # table -> tag -> title
         "active_units": "active units",
         "information": "I_q",
         "information_ceiling": "ceiling",
+        "marginal_kl": "KL(q(z) to p(z))",
+        "barber_agakov": "Barber-Agakov",
     },
     "cost": {
         "parameters": "parameters",

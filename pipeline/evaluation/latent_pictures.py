@@ -305,6 +305,21 @@ class Posteriors(NamedTuple):
     """(N,) what the colours tell apart."""
 
 
+@torch.no_grad()
+def plane_posteriors(
+    title: str, model: VAE, images: torch.Tensor, y: torch.Tensor, labels: np.ndarray
+) -> Posteriors:
+    """Those of a model of two continuous latents; labels (N,) are -1 where there are none."""
+    found = model.posterior(images, y)
+    log_variances = getattr(found, "log_variance", None)
+    return Posteriors(
+        title,
+        found.mean.float().cpu().numpy(),
+        None if log_variances is None else log_variances.float().cpu().numpy(),
+        labels if (labels >= 0).all() else None,
+    )
+
+
 def posterior_scatter(entries: Sequence[Posteriors]) -> np.ndarray:
     """A panel per model: ellipses of one standard deviation, or points, under the circles of 1, 2
     and 3 standard deviations of N(0, I). Each panel has its own scale, the same on both axes."""

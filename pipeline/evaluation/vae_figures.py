@@ -22,12 +22,13 @@ from pipeline.evaluation.likelihood import (
     chunk_size,
     importance_log_likelihood,
 )
-from pipeline.models.vae.distributions import DiagonalGaussian
+from pipeline.models.vae.distributions import DiagonalGaussian, concatenate
+from pipeline.models.vae.objectives import MAX_BITS, all_bits
 from pipeline.models.vae.vae import VAE
 from pipeline.training.tracking import progress_bar
 
 BATCH_SIZE = 50
-COPIES = 8  # of an image's outputs that decoding and scoring one sample hold at once, about
+SOME = 64  # images that an autoregressive decoder, which goes pixel by pixel, reconstructs
 COSTLY_SAMPLES = 200  # z scored under all N posteriors where that takes an inversion of the flow
 
 
@@ -63,17 +64,22 @@ class Split(NamedTuple):
         batch = pictures.to_unit(self.images[where], self.device)
         if self.binarized:
             batch = binarize(batch, range(where.start, where.stop), seed=0)
-        y = self.model.condition(
-            len(batch),
-            torch.from_numpy(self.images.labels[where]).to(self.device),
-            torch.from_numpy(self.images.attributes[where]).to(self.device),
-        )
-        return batch, y
+        return batch, conditions(self.model, self.images, where)
 
     def batches(self, count: int, size: int = BATCH_SIZE) -> Iterator[tuple]:
         """The first `count` images in batches."""
         for start in range(0, count, size):
             yield self.batch(slice(start, min(start + size, count)))
+
+
+def conditions(model: VAE, images: ImageSet, where: slice | np.ndarray) -> torch.Tensor:
+    """y (N, E) of the images at these places; E = 0 without a condition."""
+    device, labels = model.to_posterior.weight.device, images.labels[where]
+    return model.condition(
+        len(labels),
+        torch.from_numpy(labels).to(device),
+        torch.from_numpy(images.attributes[where]).to(device),
+    )
 
 
 Figures = dict[str, dict[str, Any]]
@@ -99,16 +105,18 @@ def reconstruction_figures(split: Split, seed: int) -> Figures:
     over the whole split."""
     torch.manual_seed(seed)
     model, errors, nats = split.model, [], []
-    for images, y in split.batches(len(split.images)):
+    for number, (images, y) in enumerate(split.batches(len(split.images))):
         posterior = model.posterior(images, y)
         log_likelihood = _log_likelihood(model, images, posterior.draw(1)[0], y)[0]
         nats.append(-log_likelihood.double().cpu())
+        if model.config.context_layers and number * BATCH_SIZE >= SOME:
+            continue
         reconstructions = model.decode_mean(posterior.mean, y).clamp(0, 1)
         errors.append((reconstructions - images).square().mean((1, 2, 3)).double().cpu())
     mse = torch.cat(errors)
     psnr = -10 * mse.clamp(min=1e-10).log10()
     return {
-        "reconstruction": figure(mean_with_error(torch.cat(nats)), len(mse)),
+        "reconstruction": figure(mean_with_error(torch.cat(nats)), len(split.images)),
         "mse": figure(mean_with_error(mse), len(mse)),
         "psnr": figure(mean_with_error(psnr), len(mse)),
     }
@@ -117,9 +125,11 @@ def reconstruction_figures(split: Split, seed: int) -> Figures:
 def likelihood_figures(split: Split, settings: LikelihoodSettings, seed: int) -> Figures:
     """-log p(x) by importance sampling and by prior Monte Carlo, the ELBO, and the gap between."""
     model, count = split.model, min(settings.num_images, len(split.images))
-    size = model.likelihood.num_outputs * model.config.image_size**2 * 4
-    chunk = chunk_size(settings.num_samples, 1, size * COPIES, settings.memory_limit_mib)
-    found: dict[str, list[torch.Tensor]] = {"encoder": [], "elbo": [], "gap": [], "prior": []}
+    chunk = chunk_size(settings.num_samples, 1, bytes_per_sample(model), settings.memory_limit_mib)
+    found: dict[str, list[torch.Tensor]] = {
+        name: [] for name in ("encoder", "elbo", "gap", "prior", "exact")
+    }
+    countable = model.config.posterior == "bernoulli" and model.config.latent_dim <= MAX_BITS
     torch.manual_seed(seed)
     bar = progress_bar(count, f"likelihood, {settings.num_samples} samples")
     for images, y in split.batches(count, size=1):
@@ -133,27 +143,49 @@ def likelihood_figures(split: Split, settings: LikelihoodSettings, seed: int) ->
             _prior_weights(model, images, y), settings.num_samples, chunk
         )
         found["prior"].append(from_prior.log_likelihood)
+        if countable:
+            found["exact"].append(_log_sum_over_bits(model, images, y, chunk))
         bar.update(1)
     bar.close()
-    values = {name: torch.cat(parts).cpu() for name, parts in found.items()}
+    values = {name: torch.cat(parts).cpu() for name, parts in found.items() if parts}
+    nll = mean_with_error(-values["encoder"])
     figures = {
         "negative_elbo": figure(mean_with_error(-values["elbo"]), count),
-        "nll_importance": figure(mean_with_error(-values["encoder"]), count),
+        "nll_importance": figure(nll, count),
         "nll_prior": figure(mean_with_error(-values["prior"]), count),
         "inference_gap": figure(mean_with_error(values["gap"]), count),
     }
+    if found["exact"]:
+        figures["nll_exact"] = figure(mean_with_error(-values["exact"]), count)
     if (kind := density_kind(split)) != "density":
         dims = model.config.in_channels * model.config.image_size**2
-        value = bits_per_dim(figures["nll_importance"]["value"], dims, kind)
-        figures["bits_per_dim"] = figure(value, count)
+        error = nll.standard_error / (dims * math.log(2))
+        figures["bits_per_dim"] = figure(
+            Estimate(bits_per_dim(nll.value, dims, kind), error), count
+        )
     return figures
 
 
+def bytes_per_sample(model: VAE) -> int:
+    """What decoding and scoring one sample of one image takes, about (measured at 64 px)."""
+    likelihood, config = model.likelihood, model.config
+    base = getattr(likelihood, "base", likelihood)
+    channels = 8 * likelihood.num_outputs + 4 * base.num_outputs + config.channels
+    if config.dequantization == "variational":
+        channels += 256
+    return 4 * channels * config.image_size**2
+
+
 def density_kind(split: Split) -> Kind:
-    """What the model's likelihood is of: see `bits_per_dim`."""
+    """What the model's likelihood is of: see `bits_per_dim`. ValueError where it is none."""
     support = split.model.likelihood.support
-    if support == "binary":  # a Bernoulli of grey values is a cross-entropy, no likelihood
-        return "binary" if split.binarized else "density"
+    if support == "binary":
+        if not split.binarized:
+            raise ValueError(
+                "a Bernoulli of grey values is a cross-entropy, not a likelihood: train with "
+                "--binarize"
+            )
+        return "binary"
     if support == "density" and split.model.config.dequantization != "none":
         return "dequantized"
     return "8bit" if support == "8bit" else "density"
@@ -176,6 +208,18 @@ def _prior_weights(model: VAE, images: torch.Tensor, y: torch.Tensor) -> Callabl
     return lambda k: _log_likelihood(model, images, prior.draw(k)[0], y)
 
 
+@torch.no_grad()
+def _log_sum_over_bits(model: VAE, images: torch.Tensor, y: torch.Tensor, chunk: int):
+    """log p(x) (B,) by enumeration of all bit vectors."""
+    prior = model.prior(y)
+    parts = []
+    for bits in all_bits(model.config.latent_dim).split(chunk):
+        z = bits.to(images)[:, None].expand(-1, len(images), -1)
+        log_joint = _log_likelihood(model, images, z, y) + prior.log_prob(z)
+        parts.append(log_joint.double().logsumexp(0))
+    return torch.stack(parts).logsumexp(0)
+
+
 def _log_likelihood(model: VAE, images: torch.Tensor, z: torch.Tensor, y: torch.Tensor):
     """log p(y|z) - log q(u|x), each sample with a u of its own, (k, B)."""
     if model.config.dequantization == "none":
@@ -189,12 +233,12 @@ def _log_likelihood(model: VAE, images: torch.Tensor, z: torch.Tensor, y: torch.
 @torch.no_grad()
 def information_figures(split: Split, seed: int) -> Figures:
     """KL, I_q and KL(q(z)||p(z)) with q(z) from all posteriors of the split; the Barber-Agakov
-    bound of the model's own joint, as many draws."""
+    bound of the model's own joint, as many draws. With a condition p(z) is the mean of p(z|y)."""
     model, count = split.model, len(split.images)
     torch.manual_seed(seed)
-    batches = list(split.batches(count, size=count))
-    images, y = batches[0]
-    posterior, prior = model.posterior(images, y), model.prior(y)
+    posterior = posterior_of(split)
+    y = conditions(model, split.images, slice(0, count))
+    prior = model.prior(y)
     z = posterior.draw(1)[0][0]  # (N, D)
     chosen = torch.arange(count, device=z.device)
     if isinstance(posterior, DiagonalGaussian):
@@ -217,13 +261,20 @@ def information_figures(split: Split, seed: int) -> Figures:
     bound = information.barber_agakov(torch.cat(log_posterior), -log_prior_z[0][chosen])
     means = posterior.mean
     return {
-        "kl": figure(found.kl, count),
-        "information": figure(found.information, count),
+        "kl": figure(found.kl, len(chosen)),
+        "information": figure(found.information, len(chosen)),
         "information_ceiling": figure(found.ceiling, count),
-        "marginal_kl": figure(found.marginal_kl, count),
+        "marginal_kl": figure(found.marginal_kl, len(chosen)),
         "barber_agakov": figure(bound, len(chosen)),
         "active_units": figure(information.active_units(means), count),
     }
+
+
+@torch.no_grad()
+def posterior_of(split: Split) -> Any:
+    """q(z|x) of the whole split, as one distribution."""
+    batches = split.batches(len(split.images))
+    return concatenate([split.model.posterior(*batch) for batch in batches])
 
 
 def latent_figures(train: Split, valid: Split, train_count: int, seed: int) -> Figures:
@@ -232,23 +283,32 @@ def latent_figures(train: Split, valid: Split, train_count: int, seed: int) -> F
     count = len(valid.images)
     learned, held_out = posterior_means(train, train_count), posterior_means(valid, count)
     attributes = [targets_of(train.images)[:train_count], targets_of(valid.images)]
-    figures: Figures = {}
-    if attributes[0].shape[1]:
-        probe = latents.linear_probe(learned, attributes[0], held_out, attributes[1])
-        figures["probe_average_precision"] = figure(probe.mean_average_precision, count)
-        figures["probe_balanced_accuracy"] = figure(probe.mean_balanced_accuracy, count)
     factors = [train.images.factors[:train_count], valid.images.factors]
-    if factors[0].shape[1]:
+    figures: Figures = {}
+    try:
+        if attributes[0].shape[1]:
+            probe = latents.linear_probe(learned, attributes[0], held_out, attributes[1])
+            figures["probe_average_precision"] = figure(probe.mean_average_precision, count)
+            figures["probe_balanced_accuracy"] = figure(probe.mean_balanced_accuracy, count)
+    except ValueError as error:
+        print(f"no probe: {error}")
+    if factors[0].shape[1] and learned.shape[1] > 1:  # a gap is between two latents
         gap = latents.mutual_information_gap(learned, factors[0])
         figures["mig"] = figure(gap.mean, train_count)
         found = latents.dci(learned, factors[0], held_out, factors[1], seed)
         figures["dci_disentanglement"] = figure(found.disentanglement, count)
         figures["dci_completeness"] = figure(found.completeness, count)
         figures["dci_informativeness"] = figure(found.informativeness, count)
-    if train.model.config.posterior != "bernoulli" and train.model.config.prior == "standard":
-        distance = latents.wasserstein_to_prior(held_out, seed=seed)
-        figures["wasserstein_gaussian"] = figure(distance.gaussian, count)
-        figures["wasserstein_sliced"] = figure(distance.sliced, count)
+    config = train.model.config
+    if config.posterior != "bernoulli" and config.prior == "standard":
+        torch.manual_seed(seed)
+        with torch.no_grad():  # one z of each image: draws of q(z), not its means
+            z = posterior_of(valid).draw(1)[0][0].float().cpu().numpy()
+        floor = np.random.default_rng(seed).standard_normal(z.shape)
+        for name, points in (("wasserstein", z), ("wasserstein_floor", floor)):
+            distance = latents.wasserstein_to_prior(points, seed=seed)
+            figures[f"{name}_gaussian"] = figure(distance.gaussian, count)
+            figures[f"{name}_sliced"] = figure(distance.sliced, count)
     return figures
 
 

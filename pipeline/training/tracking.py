@@ -49,7 +49,7 @@ TAGS = {
     "classifier/validation_accuracy": "accuracy (classes) or mean accuracy over attributes",
     "classifier/validation_average_precision": "mean over attributes or classes",
     "throughput/images_per_sec": "training images per second, all processes",
-    "schedule/beta": "weight of the KL",
+    "schedule/kl_warmup": "share of beta, the weight of the KL, in force",
     "schedule/learning_rate": "learning rate of the step",
     "gradient/norm": "global norm before clipping",
     "fid/inception": "FID with the published Inception weights only",

@@ -9,9 +9,9 @@ Every one has
     mean           (B, D), the point that stands for an image in probes and reconstructions
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,19 @@ class Distribution(Protocol):
     def log_prob(self, z: torch.Tensor) -> torch.Tensor: ...
     def kl(self, prior: "Distribution") -> torch.Tensor | None: ...
     def detach(self) -> "Distribution": ...
+
+
+def concatenate(parts: Sequence[Any]) -> Any:
+    """One distribution over all images from those of several batches."""
+    first = parts[0]
+
+    def joined(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        if isinstance(values[0], torch.Tensor):
+            return torch.cat(values)
+        return concatenate(values) if isinstance(values[0], DiagonalGaussian) else values[0]
+
+    return replace(first, **{field.name: joined(field.name) for field in fields(first)})
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ class Objective:
     """Which objective, and its settings."""
 
     name: ObjectiveName = "elbo"
-    """exact: all bit vectors; prior-mc: z from the prior; importance: weighted z from q; elbo;
+    """exact: all bit vectors, each decoded in each step, so memory grows as 2^D; prior-mc: z from
+    the prior; importance: weighted z from q; elbo;
     iwae: the k-sample bound; wake-sleep."""
     num_samples: int = 1
     """m or k: samples of z for each image (shared by all images in prior-mc)."""
@@ -50,9 +51,10 @@ class Objective:
     """iwae: the encoder follows the k-sample bound, KL(q || p(z|x)) (elbo), or the k-sample bound
     doubly reparameterised (Tucker et al. 2019)."""
     free_bits: float = 0.0
-    """Nats of KL per latent dimension, mean over the batch, that cost nothing (elbo only)."""
+    """Nats of KL per latent dimension, mean over a process's part of the batch, that cost nothing
+    (elbo only); where the KL has no closed form, so many times the dimensions for all together."""
     mmd_weight: float = 0.0
-    """Weight of MMD(q(z), N(0, I)) added to the loss: with posterior delta a WAE."""
+    """Weight of MMD(q(z), p(z)) over a process's part of the batch: with posterior delta a WAE."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -64,6 +66,8 @@ class Objective:
                 )
         if self.name != "elbo" and (self.beta != 1 or self.free_bits or self.mmd_weight):
             raise ValueError("objective.beta, free_bits and mmd_weight belong to elbo alone")
+        if self.name != "elbo" and self.kl != "closed":
+            raise ValueError("objective.kl belongs to elbo alone")
         if self.name != "iwae" and self.encoder_gradient != "bound":
             raise ValueError("objective.encoder_gradient belongs to iwae alone")
 
@@ -82,8 +86,17 @@ def check_objective(config, objective: Objective) -> None:
         )
     if objective.name == "iwae" and config.posterior == "bernoulli":
         raise ValueError("objective.name iwae needs gradients through z: use importance for bits")
-    if config.posterior == "delta" and objective.name != "elbo":
-        raise ValueError(f"an AE (posterior delta) has no {objective.name}: objective.name elbo")
+    if config.posterior == "delta":
+        if objective.name != "elbo":
+            raise ValueError(
+                f"an AE (posterior delta) has no {objective.name}: objective.name elbo"
+            )
+        if objective.num_samples > 1 or objective.beta != 1 or objective.free_bits:
+            raise ValueError("an AE (posterior delta) has no samples, beta and free_bits to set")
+    if config.posterior == "bernoulli" and objective.mmd_weight:
+        raise ValueError("objective.mmd_weight needs gradients through z, which bits do not have")
+    if objective.name == "exact" and objective.num_samples > 1:
+        raise ValueError("objective.name exact takes all bits, so num_samples is 1")
     if objective.encoder_gradient != "bound" and (config.posterior != "gaussian" or config.top_dim):
         raise ValueError("objective.encoder_gradient needs model.posterior gaussian, one layer")
     if objective.name in ("prior-mc", "exact") and config.condition_dim:
@@ -91,23 +104,23 @@ def check_objective(config, objective: Objective) -> None:
 
 
 def evaluate(
-    model: "VAE", images: torch.Tensor, y: torch.Tensor, objective: Objective, beta: torch.Tensor
+    model: "VAE", images: torch.Tensor, y: torch.Tensor, objective: Objective, warmup: torch.Tensor
 ) -> Values:
     """`loss`, a scalar to minimise, and what is reported beside it, scalars in nats per image.
 
     Args:
         images: (B, C, S, S) 8-bit values / 255; y: (B, E).
-        beta: scalar, the weight of the KL at this moment (warm-up).
+        warmup: scalar in [0, 1], which multiplies objective.beta at this moment of the run.
     """
     targets, log_u = model.dequantizer(images)  # log q(u|x) (B,), 0 without a flow
     functions = {
         "exact": exact, "prior-mc": prior_monte_carlo, "importance": importance, "elbo": elbo,
         "iwae": iwae, "wake-sleep": wake_sleep,
     }  # fmt: skip
-    return functions[objective.name](model, images, targets, log_u, y, objective, beta)
+    return functions[objective.name](model, images, targets, log_u, y, objective, warmup)
 
 
-def elbo(model, images, targets, log_u, y, objective: Objective, beta) -> Values:
+def elbo(model, images, targets, log_u, y, objective: Objective, warmup) -> Values:
     """Reconstruction + beta KL, m samples per image. With a delta posterior reconstruction alone,
     and MMD where it has a weight."""
     q, prior = model.posterior(images, y), model.prior(y)
@@ -119,17 +132,20 @@ def elbo(model, images, targets, log_u, y, objective: Objective, beta) -> Values
     if model.config.has_density:
         kl = q.kl(prior) if objective.kl == "closed" else None  # (B, D)
         if kl is None:
-            per_group = (log_q - prior.log_prob(z)).mean()[None]
+            log_ratio = log_q - prior.log_prob(z)  # (m, B)
+            per_group = log_ratio.mean()[None]
             floor = objective.free_bits * model.config.vector_dim
         else:
             per_group, floor = kl.mean(0), objective.free_bits
         total = per_group.sum()
         # Kingma et al. 2016, eq. 15: below the floor there is nothing to gain
         charged = per_group.clamp(min=floor).sum() if floor else total
+        beta = objective.beta * warmup
         loss = loss + beta * charged
         values |= {"kl": total, "negative_elbo": reconstruction + total}
-    if not q.reparameterised:
-        loss = loss + _score_function(-log_likelihood.detach(), log_q)
+        if not q.reparameterised:
+            costs = -log_likelihood if kl is not None else -log_likelihood + beta * log_ratio
+            loss = loss + _score_function(costs.detach(), log_q)
     if objective.mmd_weight:
         distance = mmd(z[0], prior.draw(1)[0][0])
         loss = loss + objective.mmd_weight * distance
@@ -150,7 +166,7 @@ def _score_function(costs: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     return surrogate - surrogate.detach()
 
 
-def iwae(model, images, targets, log_u, y, objective: Objective, beta) -> Values:
+def iwae(model, images, targets, log_u, y, objective: Objective, warmup) -> Values:
     """-L_k. What the encoder follows is `encoder_gradient`; decoder and prior follow L_k."""
     q, prior = model.posterior(images, y), model.prior(y)
     z, log_q = q.draw(objective.num_samples)
@@ -175,7 +191,7 @@ def iwae(model, images, targets, log_u, y, objective: Objective, beta) -> Values
     return _bound_values(log_w, surrogate - surrogate.detach() + bound)
 
 
-def importance(model, images, targets, log_u, y, objective: Objective, beta) -> Values:
+def importance(model, images, targets, log_u, y, objective: Objective, warmup) -> Values:
     """-L_k for theta, with the samples as they are; for phi the cross-entropy from the weighted
     samples to q: the inclusive KL(p(z|x) || q), so that q covers what the weights need."""
     q = model.posterior(images, y)
@@ -187,7 +203,7 @@ def importance(model, images, targets, log_u, y, objective: Objective, beta) -> 
     return _bound_values(log_w, _add_silently(-log_mean_exp(log_w).mean(), phi))
 
 
-def exact(model, images, targets, log_u, y, objective: Objective, beta) -> Values:
+def exact(model, images, targets, log_u, y, objective: Objective, warmup) -> Values:
     """-log p(x) by enumeration of z; phi by the cross-entropy from the exact posterior."""
     z = all_bits(model.config.latent_dim).to(targets)[:, None]  # (2^D, 1, D)
     log_joint = model.log_likelihood(targets, z, y) + model.prior(y[:1]).log_prob(z)
@@ -197,7 +213,7 @@ def exact(model, images, targets, log_u, y, objective: Objective, beta) -> Value
     return {"loss": _add_silently(-log_px.mean(), phi), "nll": -log_px.mean()}
 
 
-def prior_monte_carlo(model, images, targets, log_u, y, objective: Objective, beta) -> Values:
+def prior_monte_carlo(model, images, targets, log_u, y, objective: Objective, warmup) -> Values:
     """-log mean p(x|z_i), z_i from the prior and shared by the batch; phi by dreams."""
     z, log_pz = _fixed_draw(model.prior(y[:1]), objective.num_samples)  # (k, 1, D), (k, 1)
     log_w = model.log_likelihood(targets, z, y) + log_pz - log_pz.detach()  # p(z) learns, too
@@ -205,7 +221,7 @@ def prior_monte_carlo(model, images, targets, log_u, y, objective: Objective, be
     return {"loss": _add_silently(-log_px.mean(), _dream(model, y)), "nll": -log_px.mean()}
 
 
-def wake_sleep(model, images, targets, log_u, y, objective: Objective, beta) -> Values:
+def wake_sleep(model, images, targets, log_u, y, objective: Objective, warmup) -> Values:
     """Wake: -E_q log p(x, z) for theta. Sleep: -log q(z|x) of dreams for phi."""
     q = model.posterior(images, y)
     z, log_q = _fixed_draw(q, objective.num_samples)
@@ -225,7 +241,7 @@ def _dream(model, y: torch.Tensor) -> torch.Tensor:
     """-log q(z|x), mean over x and z drawn from the model, one for each row of y."""
     with torch.no_grad():
         z = model.prior(y).draw(1)[0]
-        dreams = model.decode_draw(z[0], y).clamp(0, 1)
+        dreams = model.decode_draw(z[0], y)  # as the model says, also outside of [0, 1]
     return -model.posterior(dreams, y).log_prob(z).mean()
 
 

@@ -60,7 +60,8 @@ class VAEConfig:
     all or one per pixel; laplace; bernoulli; categorical: 256-way; logistic_mixture: discretized.
     """
     variance: float = 0.5
-    """Variance of the fixed Gaussian and Laplace likelihoods, pixels in [0, 1]."""
+    """Variance of the Gaussian and Laplace likelihoods, pixels in [0, 1]; where it is learned, the
+    one it starts from."""
     dequantization: Dequantization = "none"
     """u in y = (8-bit value + u) / 256: none, uniform, or variational (drawn by a flow)."""
     context_layers: int = 0
@@ -102,10 +103,19 @@ class VAEConfig:
             raise ValueError(f"model.latent_dim must be at least 2 for iaf, got {self.latent_dim}")
         if self.top_dim and self.posterior != "gaussian":
             raise ValueError("model.top_dim needs posterior gaussian: two layers are Gaussian")
-        if self.prior == "learned" and (self.posterior == "bernoulli" or self.top_dim):
-            raise ValueError("model.prior learned is one Gaussian p(z|y): not for bits or layers")
+        if self.prior == "learned" and (self.posterior not in ("gaussian", "iaf") or self.top_dim):
+            raise ValueError(
+                "model.prior learned is one Gaussian p(z|y): posterior gaussian or iaf"
+            )
         if not 0 <= self.context_dropout < 1:
             raise ValueError(f"model.context_dropout must be in [0, 1), got {self.context_dropout}")
+        if self.context_dropout and not self.context_layers:
+            raise ValueError("model.context_dropout needs model.context_layers of at least 1")
+        if self.context_channels < 1 or self.context_kernel < 3 or self.context_kernel % 2 == 0:
+            raise ValueError(
+                "model.context_channels must be at least 1 and model.context_kernel odd, at least "
+                f"3, got {self.context_channels} and {self.context_kernel}"
+            )
         support = make_likelihood(self.likelihood, self.in_channels).support
         if self.dequantization != "none" and support != "density":
             raise ValueError(
@@ -253,22 +263,25 @@ class VAE(nn.Module):
         return self.likelihood.mean(self.decode(z, y))
 
     def decode_draw(self, z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """A draw from p(x|z), z (B, D) -> (B, C, S, S)."""
-        return self.likelihood.sample(self.decode(z, y))
+        """A draw from p(x|z) as an image, z (B, D) -> (B, C, S, S)."""
+        drawn = self.likelihood.sample(self.decode(z, y))
+        if self.config.dequantization != "none":  # of y = (v + u) / 256 back to x = v / 255
+            drawn = (256 * drawn).floor() / 255
+        return drawn
 
     def encoder_and_decoder_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """phi, the parameters of q(z|x), and theta, all others."""
+        """phi, the parameters of q(z|x) and q(u|x), and theta, all others."""
         phi, theta = [], []
         for name, parameter in self.named_parameters():
-            of_q = name.split(".")[0] in ("encoder", "to_posterior", "flow", "up")
+            of_q = name.split(".")[0] in ("encoder", "to_posterior", "flow", "up", "dequantizer")
             (phi if of_q else theta).append(parameter)
         return phi, theta
 
     def forward(
-        self, images: torch.Tensor, y: torch.Tensor, objective: Objective, beta: torch.Tensor
+        self, images: torch.Tensor, y: torch.Tensor, objective: Objective, warmup: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """The loss of a batch, a scalar to minimise, and what it is made of (objectives.py)."""
-        return evaluate(self, images, y, objective, beta)
+        return evaluate(self, images, y, objective, warmup)
 
 
 def _gaussian_network(in_features: int, hidden: int, dim: int) -> nn.Sequential:
