@@ -332,7 +332,7 @@ NOTES = {
     "conditional model: importance-weighted for a VAE; for a VQ-VAE -log p(x|z_q) - log p(codes), "
     "with a discretized logistic of one scale. Nats of a density and of a mass are not comparable, "
     "bits/dim are. The code length is that of the codes alone, without the pixels: no bits/dim. "
-    "The bound of a VAE is over so many images, by so many samples each; a model of binarized pixels "
+    "The bound of a VAE is over so many images, by so many samples each; one of binarized pixels "
     "has no MSE and no bits/dim here, since these are of other images.",
     "latent": "I_q is at most ln N, its ceiling. The probe is linear, mean over attributes (or "
     "classes): of the posterior mean, or of a level's quantized vectors, level 0 the coarsest.",
