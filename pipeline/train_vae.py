@@ -236,10 +236,8 @@ def main(config: TrainVAE) -> int:
         y = model.condition(len(images), batch["labels"].to(device), batch["attributes"].to(device))
         return images, y
 
-    first, _ = inputs(
-        {name: torch.from_numpy(a) for name, a in train.fetch(np.arange(1)).items()}, 0
-    )
     try:
+        first = pictures.to_unit(train[slice(0, 1)], device)
         model.likelihood.check(model.dequantizer(first)[0])
     except ValueError as error:
         raise stage.UserError(f"{config.data}: {error}") from error
