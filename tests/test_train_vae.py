@@ -88,6 +88,20 @@ def test_two_ranks_equal_one_where_there_is_no_noise(digit_shards, tmp_path):
     assert status == {"state": "done", "exit_code": 0, "reason": "", "images_seen": 64}
 
 
+def test_zero_trains_an_iwae_as_ddp_does(face_shards, tmp_path):
+    """Two ranks, the doubly reparameterised gradient: it takes a gradient within the forward."""
+    flags = [f"--config={ROOT}/configs/debug/train_vae.yaml", "--data", face_shards, *SHORT,
+             "--objective.name=iwae", "--objective.num_samples=3", "--model.channels=4",
+             "--objective.encoder_gradient=dreg", "--log_every=16"]  # fmt: skip
+    zero2 = {"ACCELERATE_USE_DEEPSPEED": "true",
+             "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"{ROOT}/configs/deepspeed/zero2.json"}  # fmt: skip
+    run_stage("train_vae.py", *flags, "--out", tmp_path / "ddp", launcher=TWO_RANKS)
+    run_stage("train_vae.py", *flags, "--out", tmp_path / "zero", launcher=TWO_RANKS, **zero2)
+    for one, two in zip(metrics(tmp_path / "ddp"), metrics(tmp_path / "zero"), strict=True):
+        for tag in ("vae/loss", "vae/negative_elbo", "gradient/norm", "validation/negative_elbo"):
+            assert one.get(tag, 0) == pytest.approx(two.get(tag, 0), rel=1e-5)
+
+
 def test_only_the_encoder_moves_in_its_own_steps(face_shards, tmp_path):
     flags = ["--encoder_steps=4", "--aggressive_images=1024", "--average_halflife=0"]
     train_vae(tiny(face_shards, tmp_path, *flags, "--total_images=16"))  # step 0 moves both
