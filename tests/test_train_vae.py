@@ -93,8 +93,11 @@ def test_zero_trains_an_iwae_as_ddp_does(face_shards, tmp_path):
     flags = [f"--config={ROOT}/configs/debug/train_vae.yaml", "--data", face_shards, *SHORT,
              "--objective.name=iwae", "--objective.num_samples=3", "--model.channels=4",
              "--objective.encoder_gradient=dreg", "--log_every=16"]  # fmt: skip
-    zero2 = {"ACCELERATE_USE_DEEPSPEED": "true",
-             "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"{ROOT}/configs/deepspeed/zero2.json"}  # fmt: skip
+    engine = ROOT / "configs/deepspeed/zero2.json"
+    zero2 = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(engine),
+    }
     run_stage("train_vae.py", *flags, "--out", tmp_path / "ddp", launcher=TWO_RANKS)
     run_stage("train_vae.py", *flags, "--out", tmp_path / "zero", launcher=TWO_RANKS, **zero2)
     for one, two in zip(metrics(tmp_path / "ddp"), metrics(tmp_path / "zero"), strict=True):
