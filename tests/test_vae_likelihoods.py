@@ -499,3 +499,21 @@ def test_autoregressive_input_that_does_not_fit_is_refused():
                          ("dropout", 1.0), ("dropout", -0.1)):  # fmt: skip
         with pytest.raises(ValueError, match=f"{field} must"):
             AutoregressiveConfig(**{field: value})
+
+
+@pytest.mark.parametrize("name", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_outputs_shared_by_all_images_give_what_each_pair_gives(name, dtype):
+    """By a matrix product, also under autocast and with one image."""
+    likelihood = make_likelihood(name, 3, variance=0.1)
+    outputs = torch.randn(6, 1, 3, 8, 8, dtype=dtype)
+    images = torch.rand(4, 3, 8, 8, dtype=dtype).round()
+    pairs = outputs.expand(-1, 4, -1, -1, -1)
+    expected = likelihood.log_prob(pairs.double(), images.double())
+    tolerance = {"rtol": 1e-12, "atol": 0} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 0}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = likelihood.log_prob(outputs, images)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, **tolerance)
+    one = likelihood.log_prob(outputs, images[:1])
+    torch.testing.assert_close(one.double(), expected[:, :1], **tolerance)

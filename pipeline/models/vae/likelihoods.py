@@ -97,6 +97,18 @@ class _Independent(Likelihood):
         return self.distribution(full_precision(outputs)).sample()
 
 
+def is_shared(outputs: torch.Tensor, x: torch.Tensor) -> bool:
+    """True for outputs (S, 1, O, H, W) against images (B, C, H, W): all S·B pairs, of which a
+    matrix product makes far less work than a tensor of all their pixels."""
+    return outputs.dim() == 5 and outputs.shape[1] == 1 and x.dim() == 4
+
+
+def all_pairs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Inner products of (S, d) and (B, d), (S, B), in full precision also under autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.T
+
+
 def centred(outputs: torch.Tensor) -> torch.Tensor:
     """Outputs about [-1, 1] -> pixels about [0, 1], not clamped."""
     return (outputs + 1) / 2
@@ -114,6 +126,17 @@ class Gaussian(_Independent):
 
     def distribution(self, outputs: torch.Tensor) -> distributions.Distribution:
         return distributions.Normal(centred(outputs), self.scale, validate_args=False)
+
+    def log_prob(self, outputs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if not is_shared(outputs, x):
+            return super().log_prob(outputs, x)
+        outputs, x = self._matched(outputs, x)
+        centre = x.mean(0)  # the square below is expanded, so numbers should be small
+        means, pixels = (centred(outputs) - centre).flatten(1), (x - centre).flatten(1)
+        squares = means.square().sum(1, keepdim=True) + pixels.square().sum(1)
+        squares = squares - 2 * all_pairs(means, pixels)  # (S, B)
+        variance = self.scale**2
+        return -0.5 * (squares / variance + pixels.shape[1] * math.log(2 * math.pi * variance))
 
 
 class GlobalGaussian(_Independent):
@@ -180,6 +203,13 @@ class Bernoulli(_Independent):
 
     def distribution(self, outputs: torch.Tensor) -> distributions.Distribution:
         return distributions.Bernoulli(logits=outputs, validate_args=False)
+
+    def log_prob(self, outputs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if not is_shared(outputs, x):
+            return super().log_prob(outputs, x)
+        outputs, x = self._matched(outputs, x)
+        logits = outputs.flatten(1)
+        return all_pairs(logits, x.flatten(1)) - F.softplus(logits).sum(1, keepdim=True)
 
     def check(self, x: torch.Tensor) -> None:
         super().check(x)
