@@ -32,7 +32,7 @@ from pipeline.training import distributed, zero
 from pipeline.training.checkpoint import save_model
 from pipeline.training.collectives import all_reduce_sum, rank_slice
 from pipeline.training.dry_run import report_dry_run
-from pipeline.training.run import Run
+from pipeline.training.run import Run, step_seed
 from pipeline.training.schedule import Schedule
 from pipeline.training.steps import Steps
 from pipeline.training.weight_average import WeightAverage
@@ -140,13 +140,6 @@ def hide_some_conditions(
     }
 
 
-def dropout_seed(seed: int, images_seen: int, rank: int) -> int:
-    """The seed of one step's dropout on one rank, in [0, 2^63)."""
-    return (
-        int(np.random.SeedSequence([seed, images_seen, rank]).generate_state(1, np.uint64)[0]) // 2
-    )
-
-
 @torch.no_grad()
 def nats_per_code(
     model: PixelCNN, codes: CodeSet, level: int, batch_size: int, accelerator, limit: int = 0
@@ -210,7 +203,7 @@ def main(config: TrainPrior) -> int:
     while run.images_seen < config.total_images:
         run.start_step()
         # Randomness is keyed by position, so a resumed run needs no generator's state.
-        torch.manual_seed(dropout_seed(config.seed, run.images_seen, rank))
+        torch.manual_seed(step_seed(config.seed, run.images_seen, rank))
         inputs = model_inputs(next(batches), level, device)
         inputs = hide_some_conditions(inputs, config.seed, run.images_seen, config.batch_size, part)
         nats = trained(**inputs)

@@ -38,7 +38,7 @@ from pipeline.training import distributed, zero
 from pipeline.training.checkpoint import save_model
 from pipeline.training.collectives import all_reduce_sum, rank_slice
 from pipeline.training.dry_run import report_dry_run
-from pipeline.training.run import Run
+from pipeline.training.run import Run, step_seed
 from pipeline.training.schedule import Schedule
 from pipeline.training.steps import Steps
 from pipeline.training.weight_average import WeightAverage
@@ -145,19 +145,13 @@ def warmup_at(config: TrainVAE, trained_images: int) -> float:
     return min(1.0, trained_images / config.kl_warmup_images) if config.kl_warmup_images else 1.0
 
 
-def noise_seed(seed: int, images_seen: int, rank: int) -> int:
-    """The seed of one step's noise on one rank, in [0, 2^63)."""
-    words = np.random.SeedSequence([seed, images_seen, rank]).generate_state(1, np.uint64)
-    return int(words[0]) // 2
-
-
 @torch.no_grad()
 def validate(split: Split, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
     """Validation figures over the whole split, one sample of z per image; nats per image."""
     model, device = split.model, accelerator.device
     rank, world, count = accelerator.process_index, accelerator.num_processes, len(split.images)
     part = range(count)[rank_slice(count, rank, world)]
-    torch.manual_seed(noise_seed(0, 0, rank))
+    torch.manual_seed(step_seed(0, 0, rank))
     sums: dict[str, torch.Tensor] = {}
     means = torch.zeros(count, model.config.vector_dim, device=device)
     one = torch.ones((), device=device)
@@ -267,7 +261,7 @@ def main(config: TrainVAE) -> int:
             optimizer.param_groups[1]["lr"] = 0.0  # the encoder catches up with the decoder
         images, y = inputs(next(batches), run.images_seen)
         # Noise is keyed by position, so a resumed run needs no generator's state.
-        torch.manual_seed(noise_seed(config.seed, run.images_seen, rank))
+        torch.manual_seed(step_seed(config.seed, run.images_seen, rank))
         warmup = torch.tensor(warmup_at(config, run.trained_images), device=device)
         found = trained(images, y, config.objective, warmup)
         norm = steps.take([found["loss"]])

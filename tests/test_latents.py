@@ -14,7 +14,6 @@ from pipeline.evaluation import latents as module
 from pipeline.evaluation.latents import (
     attribute_vectors,
     dci,
-    fit_gaussian,
     fit_mixture,
     linear_probe,
     mutual_information_gap,
@@ -340,7 +339,7 @@ def correlated(count, seed=0):
 
 def test_a_gaussian_has_the_moments_of_the_latents_and_their_density():
     latents = correlated(400)[0]
-    density = fit_gaussian(latents.astype(np.float32))
+    density = fit_mixture(latents.astype(np.float32), 1, seed=0)
     own_mean, own_covariance = latents.mean(0), np.cov(latents.T, ddof=0)
     expected = stats.multivariate_normal(own_mean, own_covariance).logpdf(latents)
     np.testing.assert_allclose(density.score_samples(latents), expected, rtol=1e-3)
@@ -385,7 +384,7 @@ def test_too_few_latents_for_a_density_are_refused():
     with pytest.raises(ValueError, match="n_components"):
         fit_mixture(latents, components=0, seed=0)
     with pytest.raises(ValueError, match="4 latents, got 3"):
-        fit_gaussian(latents[:3])
+        fit_mixture(latents[:3], 1, seed=0)
 
 
 def with_moments(mean, covariance, count=500):
@@ -455,7 +454,7 @@ def test_broken_latents_are_refused():
             lambda z: dci(good, labels, z, labels, seed=0),
             lambda z: linear_probe(z, labels, good, labels),
             lambda z: attribute_vectors(z, labels),
-            fit_gaussian,
+            lambda latents: fit_mixture(latents, 1, seed=0),
             wasserstein_to_prior,
         ):
             with pytest.raises(ValueError, match="latents must be finite"):

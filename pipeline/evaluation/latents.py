@@ -306,11 +306,6 @@ def attribute_vectors(latents: np.ndarray, attributes: np.ndarray) -> np.ndarray
 # The density.
 
 
-def fit_gaussian(latents: np.ndarray) -> GaussianMixture:
-    """A Gaussian of full covariance: a mixture of one."""
-    return fit_mixture(latents, 1, seed=0)
-
-
 def fit_mixture(latents: np.ndarray, components: int, seed: int) -> GaussianMixture:
     """A mixture of Gaussians of full covariance by EM, the ex-post density of Ghosh et al. 2020
     (section 4), who use 10. Its `score_samples(latents)` are log densities (N,) in nats.

@@ -21,6 +21,7 @@ The loop itself is written out in its stage:
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -30,6 +31,12 @@ from pipeline.training.schedule import is_due, learning_rate
 from pipeline.training.steps import Steps
 from pipeline.training.tracking import MeanMetrics, Tracker
 from pipeline.training.weight_average import WeightAverage
+
+
+def step_seed(seed: int, images_seen: int, rank: int) -> int:
+    """The seed of one step's noise or dropout on one rank, in [0, 2^63)."""
+    words = np.random.SeedSequence([seed, images_seen, rank]).generate_state(1, np.uint64)
+    return int(words[0]) // 2
 
 
 class Due(NamedTuple):
