@@ -13,7 +13,12 @@
 
 Every row is a run of pipeline/train_vae.py and a report of pipeline/report_vae.py; what is done is
 kept, so a broken series goes on where it stopped. A figure is the mean over the seeds, with its
-standard deviation where there are two or more.
+standard deviation (`_sd`) where there are two or more.
+
+What has bits per dimension is also compared with the uniformly dequantized Gaussian on the same
+images: `difference` of `bits_per_dim` and `elbo_difference` of `elbo_bits_per_dim`, below 0 where
+the row is better. The values of an image are averaged over the seeds before they are paired, so the
+standard errors (`_se`) are over images, for these trained models.
 """
 
 import argparse
@@ -25,15 +30,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from measure import ROOT, print_table, refuse, write_json
 
+from pipeline.evaluation.likelihood import bits_per_dim
+
 FACES = {"image_size": 32, "model.latent_dim": 16, "model.variance": 0.02}
 MNIST = ROOT / "configs" / "mnist"
 COLLAPSING = {"model.context_layers": 6, "model.context_kernel": 5, "model.latent_dim": 32}
 GREY = {"binarize": "false", "model.likelihood": "gaussian_global", "model.variance": 0.05}
+REFERENCE = "gaussian, uniform"  # the row that others are compared with, image by image
 STUDIES = {  # study: config, what each row changes, columns
     "beta": (
         ROOT / "configs" / "celeba64" / "train_vae_beta_vae.yaml",
@@ -54,8 +63,8 @@ STUDIES = {  # study: config, what each row changes, columns
             "small field": {**COLLAPSING, "model.context_layers": 1, "model.context_kernel": 3},
             "aggressive": {**COLLAPSING, "encoder_steps": 5, "aggressive_images": 60_000},
         },
-        ("negative_elbo", "nll_importance", "inference_gap", "kl", "information",
-         "information_ceiling", "marginal_kl", "barber_agakov", "active_units",
+        ("negative_elbo", "nll_importance", "effective_sample_size", "inference_gap", "kl",
+         "information", "information_ceiling", "marginal_kl", "barber_agakov", "active_units",
          "probe_average_precision"),
     ),
     "dequantization": (
@@ -67,7 +76,8 @@ STUDIES = {  # study: config, what each row changes, columns
             "categorical": {"binarize": "false", "model.likelihood": "categorical"},
             "logistic mixture": {"binarize": "false", "model.likelihood": "logistic_mixture"},
         },
-        ("negative_elbo", "nll_importance", "bits_per_dim", "kl", "mse"),
+        ("negative_elbo", "nll_importance", "effective_sample_size", "elbo_bits_per_dim",
+         "bits_per_dim", "kl", "mse"),
     ),
 }  # fmt: skip
 
@@ -80,28 +90,59 @@ def run(script: str, **options: object) -> None:
         refuse(f"{script} ended with an error, see above")
 
 
-def figures_of(out: Path, data: Path, config: Path, changes: dict, samples: int) -> dict:
-    """Trains a run where it has not ended yet, and reports it."""
+def report_of(out: Path, data: Path, config: Path, changes: dict, samples: int) -> dict:
+    """The report of a run, which is trained where it has not ended yet."""
     if not (out / "final" / "config.json").is_file():
         run("train_vae.py", config=config, data=data, out=out, **changes)
     if not (out / "report" / "report.json").is_file():
         run("report_vae.py", data=data, checkpoint=out, out=out / "report",
             **{"likelihood.num_samples": samples})  # fmt: skip
-    report = json.loads((out / "report" / "report.json").read_text())
-    figures = {name: figure["value"] for name, figure in report["figures"].items()}
-    return figures | {"images_seen": report["protocol"]["checkpoint"]["images_seen"]}
+    return json.loads((out / "report" / "report.json").read_text())
 
 
-def row_of(name: str, runs: list[dict], columns: tuple[str, ...]) -> dict:
+def row_of(name: str, reports: list[dict], columns: tuple[str, ...]) -> dict:
     """Means over the seeds, and standard deviations as `<column>_sd`."""
-    row = {"contender": name, "seeds": len(runs), "images_seen": runs[0]["images_seen"]}
+    seen = reports[0]["protocol"]["checkpoint"]["images_seen"]
+    row = {"contender": name, "seeds": len(reports), "images_seen": seen}
     for column in columns:
-        values = [figures[column] for figures in runs if column in figures]
+        figures = [report["figures"] for report in reports]
+        values = [found[column]["value"] for found in figures if column in found]
         if values:
             row[column] = statistics.mean(values)
         if len(values) > 1:
             row[f"{column}_sd"] = statistics.stdev(values)
     return row
+
+
+def differences(reports: list[dict], reference: list[dict]) -> dict[str, float]:
+    """What these runs need more bits per dimension than the reference: the means over images of
+    both bounds, and their standard errors. Nothing where a density has no bits per dimension."""
+    if reports[0]["protocol"]["likelihood_of"] in (None, "density"):
+        return {}
+    first = reference[0]["protocol"]
+    for report in [*reference, *reports]:
+        protocol = report["protocol"]
+        same = all(protocol[name] == first[name] for name in ("data_index_sha256", "likelihood"))
+        if not same or "per_image" not in report:
+            refuse(
+                f"the report of {protocol['checkpoint']['path']} cannot be paired with the others: "
+                "other images, other --samples, or an old version; delete it to have it made again"
+            )
+    found = {}
+    for prefix, bound in (("elbo_", "negative_elbo"), ("", "nll_importance")):
+        bits = bits_per_image(reports, bound) - bits_per_image(reference, bound)
+        found[f"{prefix}difference"] = float(bits.mean())
+        found[f"{prefix}difference_se"] = float(bits.std(ddof=1) / len(bits) ** 0.5)
+    return found
+
+
+def bits_per_image(reports: list[dict], bound: str) -> np.ndarray:
+    """A bound in bits per dimension of each image (N,), the mean over the seeds."""
+    protocol = reports[0]["protocol"]
+    model, kind = protocol["checkpoint"]["model"], protocol["likelihood_of"]
+    nats = np.mean([report["per_image"][bound] for report in reports], axis=0)
+    dims = model["in_channels"] * model["image_size"] ** 2
+    return np.array([bits_per_dim(value, dims, kind) for value in nats])
 
 
 def draw(study: str, rows: list[dict], path: Path) -> None:
@@ -139,15 +180,19 @@ def main() -> None:
     options = parser.parse_args()
     config, changes, columns = STUDIES[options.study]
     length = {"total_images": options.total_images} if options.total_images else {}
-    rows = []
+    rows, reports = [], {}
     for name, change in changes.items():
-        runs = []
+        reports[name] = []
         for seed in range(options.seeds):
             short = "".join(c if c.isalnum() else "-" for c in name)
             out = options.out / f"{short}-seed{seed}"
             settings = {**change, **length, "seed": seed}
-            runs.append(figures_of(out, options.data, config, settings, options.samples))
-        rows.append(row_of(name, runs, columns))
+            found = report_of(out, options.data, config, settings, options.samples)
+            reports[name].append(found)
+        row = row_of(name, reports[name], columns)
+        if REFERENCE in reports and name != REFERENCE:
+            row |= differences(reports[name], reports[REFERENCE])
+        rows.append(row)
         write_json(options.json, rows, "cuda" if torch.cuda.is_available() else "cpu")
     draw(options.study, rows, options.json.with_suffix(".png"))
     print_table(f"{options.data}", rows)

@@ -2,8 +2,7 @@
 
     python pipeline/report_vae.py --data runs/celeba64/shards \\
         --checkpoint runs/celeba64/vae --out runs/celeba64/vae/report
-    python pipeline/report_vae.py ... --likelihood.num_samples 500 --likelihood.num_images 20
-                                                                                 a quick look
+    python pipeline/report_vae.py ... --likelihood.num_samples 500                a quick look
 
 Likelihood by importance sampling with the encoder and by prior Monte Carlo, the information in the
 latent, active units, probes of attributes and true factors; reconstructions, samples (the decoder's
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 
 from pipeline import stage
+from pipeline.data.faces import SOMETIMES_HIDDEN
 from pipeline.data.images import open_images
 from pipeline.evaluation import latent_pictures, latents, pictures, vae_figures
 from pipeline.evaluation.vae_figures import Figures, LikelihoodSettings, Split
@@ -40,6 +40,9 @@ MEANINGS = {
     "nll_prior": "-log p(x), prior Monte Carlo: in the mean an upper bound, far above for large D",
     "nll_exact": "-log p(x) by enumeration of all bits",
     "inference_gap": "-ELBO minus -log p(x) by importance sampling",
+    "effective_sample_size": "of the importance weights, at most the samples of an image, median "
+    "over images; near 1 a single sample decides, and -log p(x) may be far below nll_importance",
+    "elbo_bits_per_dim": "-ELBO in bits per dimension",
     "bits_per_dim": "-log P(x) by importance sampling in bits per dimension",
     "kl": "KL(q(z|x) || p(z)); with a condition p(z) is the mean of p(z|y), so not the ELBO's KL",
     "information": "I_q = KL - KL(q(z) || p(z)): what z knows of which image it came from",
@@ -50,8 +53,9 @@ MEANINGS = {
     "active_units": "latent dimensions whose posterior mean has a variance above 0.01",
     "probe_average_precision": "linear probe of the latent: mean over attributes or classes",
     "probe_balanced_accuracy": "the same",
-    "mig": "mutual information gap with the true factors, equal bins",
-    "dci_disentanglement": "DCI with the true factors: disentanglement",
+    "mig": "mutual information gap with the true factors, equal bins; of the drawn faces' factors "
+    f"without {', '.join(SOMETIMES_HIDDEN)}, which some images do not show",
+    "dci_disentanglement": "DCI with the same factors: disentanglement",
     "dci_completeness": "completeness",
     "dci_informativeness": "informativeness",
     "wasserstein_gaussian": "2-Wasserstein distance to N(0, I) of draws of q(z), as a Gaussian",
@@ -113,7 +117,7 @@ def draw_pictures(
     if names:
         vectors = latents.attribute_vectors(learned, targets)
         # the most balanced ones: their vectors rest on many images of either kind
-        order = np.argsort(np.abs(np.nan_to_num(np.where(targets == 0, np.nan, targets)).mean(0)))
+        order = np.argsort(np.abs(targets.mean(0)))
         order = [index for index in order if np.isfinite(vectors[index]).all()][:8]
         drawn["attributes"] = latent_pictures.attribute_rows(
             model, images[:6], y[:6], vectors[order], [names[index] for index in order]
@@ -123,16 +127,11 @@ def draw_pictures(
             drawn["generation"] = latent_pictures.generation(model, y[:8], chosen, seed)
             drawn["manipulation"] = latent_pictures.manipulation(model, images[:8], y[:8], chosen)
     if model.config.has_plane:
-        drawn["manifold"] = latent_pictures.manifold(model, y[:1])
-        many = slice(0, min(500, len(valid.images)))
-        labels = valid.images.labels[many]
-        drawn["scatter"] = latent_pictures.posterior_scatter(
-            [
-                latent_pictures.plane_posteriors(
-                    config.checkpoint.name, model, *valid.batch(many), labels
-                )
-            ]
-        )
+        where = slice(0, min(500, len(valid.images)))
+        many, labels = valid.batch(where), valid.images.labels[where]
+        posteriors = latent_pictures.plane_posteriors(config.checkpoint.name, model, *many, labels)
+        drawn["manifold"] = latent_pictures.manifold(model, *many)
+        drawn["scatter"] = latent_pictures.posterior_scatter([posteriors])
     if (config.checkpoint / "metrics.jsonl").is_file():
         drawn["curves"] = latent_pictures.curves(config.checkpoint / "metrics.jsonl")
     return drawn
@@ -183,12 +182,13 @@ def main(config: ReportVAE) -> int:
     train, valid = (Split(model, images, trained_with["binarize"], device) for images in sets)
     train_count = min(config.train_images, len(train.images))
 
-    likelihood_of = None
+    likelihood_of, per_image = None, {}
     figures: Figures = vae_figures.reconstruction_figures(valid, config.seed)
     if model.config.has_density:
         try:
             likelihood_of = vae_figures.density_kind(valid)
-            figures |= vae_figures.likelihood_figures(valid, config.likelihood, config.seed)
+            found, per_image = vae_figures.likelihood_figures(valid, config.likelihood, config.seed)
+            figures |= found
         except ValueError as error:
             print(f"no likelihood: {error}")
         figures |= vae_figures.information_figures(valid, config.seed)
@@ -219,6 +219,7 @@ def main(config: ReportVAE) -> int:
     report = {
         "protocol": protocol,
         "figures": figures,
+        "per_image": per_image,
         "pictures": {name: f"{name}.png" for name in drawn},
     }
     for name, picture in drawn.items():

@@ -143,6 +143,23 @@ def test_a_label_is_not_given_for_what_is_hidden():
     )
 
 
+def test_what_is_hidden_in_some_pictures_is_listed():
+    hats = (faces.NO_HAT, faces.NO_HAT, faces.CAP, faces.SUN_HAT)
+    glasses = (faces.ROUND, faces.SUNGLASSES, faces.NO_GLASSES, faces.SQUARE)
+    dressed = [
+        replace(face, hat=hat, glasses=pair)
+        for face, hat, pair in zip(PEOPLE, hats, glasses, strict=False)
+    ]
+    pictures = [pixels(face) for face in dressed]
+    for name in faces.FACTOR_NAMES:
+        shown = []
+        for face, picture in zip(dressed, pictures, strict=True):
+            value = getattr(face, name)
+            other = float(value < 0.5) if isinstance(value, float) else (value + 1) % 3
+            shown.append((pixels(replace(face, **{name: other})) != picture).any())
+        assert all(shown) == (name not in faces.SOMETIMES_HIDDEN), name
+
+
 def test_no_base_rate_is_degenerate():
     table = [attributes(sample_face(0, index)) for index in range(500)]
     for name in faces.ATTRIBUTE_NAMES:

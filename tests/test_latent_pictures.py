@@ -264,25 +264,44 @@ def test_pictures_of_nothing_are_refused():
 # Latents of two dimensions.
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "ae", "iaf", "two layers"])
+@pytest.mark.parametrize("kind", ["gaussian", "iaf", "two layers"])
 @torch.no_grad()
 def test_manifold_has_the_axes_of_a_plot(kind):
     model = tiny(latent_dim=2, num_classes=2, **KINDS.get(kind, {}))
-    y = model.condition(1, torch.tensor([1]))
-    sheet = manifold(model, y, side=5)
+    images, y = images_for(model, 3), model.condition(3, torch.tensor([1, 0, 0]))
+    sheet = manifold(model, images, y, side=5)
     found = cells(sheet, 5, 5, gap=0, scale=4)
     for row, column, z in [(0, 0, (-3, 3)), (2, 2, (0, 0)), (4, 3, (1.5, -3)), (1, 4, (3, 1.5))]:
         at = torch.tensor([z], dtype=torch.float64)
-        assert (found[row, column] == rgb(model.decode_mean(at, y))[0]).all()
+        assert (found[row, column] == rgb(model.decode_mean(at, y[:1]))[0]).all()
     dark = (sheet[-160:, :-160] < 128).any(2)
     top, bottom = (np.flatnonzero(rows.any(0)) for rows in (dark[:32], dark[-32:]))
     assert top.min() > bottom.min() and top.max() == bottom.max()  # 3.0 above, -3.0 below
 
 
+@torch.no_grad()
+def test_manifold_of_an_ae_lies_where_its_codes_are():
+    model = tiny(latent_dim=2, posterior="delta")
+    model.to_posterior.bias += torch.tensor([40.0, -7])
+    images, y = images_for(model, 30), model.condition(30)
+    found = cells(manifold(model, images, y, side=3), 3, 3, gap=0, scale=4)
+    codes = model.posterior(images, y).mean.numpy()
+    left, right = np.percentile(codes[:, 0], [1, 99])
+    down, up = np.percentile(codes[:, 1], [1, 99])
+    middle = (left + right) / 2, (down + up) / 2
+    for row, column, z in [(0, 0, (left, up)), (1, 1, middle), (2, 0, (left, down)),
+                           (2, 2, (right, down))]:  # fmt: skip
+        at = torch.tensor([z], dtype=torch.float64)
+        near = rgb(model.decode_mean(at, y[:1]))[0].astype(int)
+        assert np.abs(found[row, column] - near).max() <= 1  # rounded otherwise, if at all
+    assert (found[0, 0] != found[2, 2]).any()
+
+
 def test_manifold_of_other_latents_is_refused():
     for wrong in ({}, {"latent_dim": 2, "posterior": "bernoulli"}):
+        model = tiny(**wrong)
         with pytest.raises(ValueError, match="continuous latent of 2 dimensions"):
-            manifold(tiny(**wrong), torch.zeros(1, 0, dtype=torch.float64))
+            manifold(model, images_for(model, 2), model.condition(2))
 
 
 def coloured(picture: np.ndarray) -> np.ndarray:

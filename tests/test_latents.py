@@ -377,6 +377,15 @@ def test_a_density_does_not_depend_on_the_scale_of_the_latents():
     )
 
 
+@pytest.mark.parametrize("steps", [1, 500])
+def test_a_mixture_that_has_not_converged_is_told_in_a_line(steps, monkeypatch, capsys, recwarn):
+    monkeypatch.setattr(module, "EM_STEPS", steps)
+    density = fit_mixture(correlated(400)[0], 3, seed=0)  # of one Gaussian: slow
+    told = "a mixture of 3 Gaussians has not converged in 1 steps of EM\n"
+    assert capsys.readouterr().out == (told if steps == 1 else "") and not recwarn.list
+    assert np.isfinite(sample_density(density, 10, seed=0)).all()
+
+
 def test_too_few_latents_for_a_density_are_refused():
     latents = correlated(39)[0]
     with pytest.raises(ValueError, match="40 latents, got 39"):

@@ -11,7 +11,16 @@ from test_training import TWO_RANKS, assert_same_tensors
 
 from pipeline import stage
 from pipeline.data.binarize import binarize
-from pipeline.models.vae.vae import VAE
+from pipeline.data.faces import SOMETIMES_HIDDEN
+from pipeline.data.images import open_images
+from pipeline.evaluation import latents
+from pipeline.evaluation.vae_figures import (
+    LikelihoodSettings,
+    Split,
+    latent_figures,
+    likelihood_figures,
+)
+from pipeline.models.vae.vae import VAE, VAEConfig
 from pipeline.report_vae import ReportVAE
 from pipeline.report_vae import main as report_vae
 from pipeline.train_vae import TrainVAE, warmup_at
@@ -196,6 +205,12 @@ def test_the_report_of_a_conditional_vae_in_the_plane(digit_shards, tmp_path):
     assert figures["bits_per_dim"]["value"] == pytest.approx(bits)
     gap = figures["negative_elbo"]["value"] - figures["nll_importance"]["value"]
     assert figures["inference_gap"]["value"] == pytest.approx(gap, rel=1e-6)
+    for bound, values in found["per_image"].items():
+        assert len(values) == 3
+        assert sum(values) / 3 == pytest.approx(figures[bound]["value"], rel=1e-5)
+    elbo = figures["negative_elbo"]["value"] / (1024 * 0.6931471805599453)
+    assert figures["elbo_bits_per_dim"]["value"] == pytest.approx(elbo)
+    assert 1 <= figures["effective_sample_size"]["value"] <= 20
     kl = figures["information"]["value"] + figures["marginal_kl"]["value"]
     assert figures["kl"]["value"] == pytest.approx(kl)
     assert figures["information_ceiling"]["value"] == pytest.approx(2.302585, rel=1e-5)  # 10 images
@@ -204,14 +219,55 @@ def test_the_report_of_a_conditional_vae_in_the_plane(digit_shards, tmp_path):
     assert wanted <= found["pictures"].keys()
     for picture in found["pictures"].values():
         assert (tmp_path / "report" / picture).is_file()
-    assert "inference_gap" in (tmp_path / "report/report.md").read_text()
+    text = (tmp_path / "report/report.md").read_text()
+    assert "inference_gap" in text and "per_image" not in text
 
 
 def test_the_report_of_an_ae_speaks_of_no_likelihood(face_shards, tmp_path):
-    train_vae(tiny(face_shards, tmp_path, "--model.posterior=delta"))
-    figures = report(face_shards, tmp_path)["figures"]
+    train_vae(tiny(face_shards, tmp_path, "--model.posterior=delta", "--model.latent_dim=2"))
+    found = report(face_shards, tmp_path)
+    figures = found["figures"]
     assert {"mse", "probe_average_precision", "mig", "wasserstein_sliced"} <= figures.keys()
     assert not {"nll_importance", "kl", "information"} & figures.keys()
+    assert found["per_image"] == {} and {"manifold", "scatter"} <= found["pictures"].keys()
+
+
+def test_weights_that_are_all_alike_count_in_full_and_give_each_image_its_likelihood(face_shards):
+    """q(z|x) = p(z), and a decoder that does not look at z: p(x) is the likelihood itself."""
+    model = VAE(VAEConfig(network="mlp", channels=8, latent_dim=3, image_size=32))
+    for part in (model.to_posterior, model.decoder):
+        for parameter in part.parameters():
+            torch.nn.init.zeros_(parameter)
+    split = Split(model, open_images(face_shards, "valid", 32), False, torch.device("cpu"))
+    settings = LikelihoodSettings(num_samples=7, num_images=3)
+    figures, per_image = likelihood_figures(split, settings, seed=0)
+    assert figures["effective_sample_size"]["value"] == pytest.approx(7)
+    images, y = split.batch(slice(0, 3))
+    mean = model.decode_mean(torch.zeros(3, 3), y).double()
+    nats = -torch.distributions.Normal(mean, 0.5**0.5).log_prob(images.double()).sum((1, 2, 3))
+    assert len(set(per_image["nll_importance"])) == 3
+    for values in per_image.values():
+        assert values == pytest.approx(nats.tolist(), rel=1e-5)
+
+
+def test_mig_and_dci_are_of_factors_that_every_image_shows(face_shards, monkeypatch):
+    monkeypatch.setattr(latents, "TREES", 2)
+    model = VAE(VAEConfig(network="mlp", channels=8, latent_dim=3, image_size=32))
+    sets = [open_images(face_shards, split, 32) for split in ("train", "valid")]
+
+    def scores(*shuffled: str) -> dict:
+        splits = []
+        for images in sets:
+            factors = images.factors.copy()
+            for name in shuffled:
+                column = images.index.factor_names.index(name)
+                factors[:, column] = factors[::-1, column]
+            changed = dataclasses.replace(images, factors=factors)
+            splits.append(Split(model, changed, False, torch.device("cpu")))
+        figures = latent_figures(*splits, train_count=100, seed=0)
+        return {name: found for name, found in figures.items() if name[:3] in ("mig", "dci")}
+
+    assert len(scores()) == 4 and scores(*SOMETIMES_HIDDEN) == scores() != scores("skin_tone")
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,8 @@ class Face:
 
 FACTOR_NAMES = tuple(field.name for field in fields(Face) if field.type is not bool)
 POSE_NAMES = tuple(f.name for f in fields(Face) if f.type is float and f.name != "light")
+# Factors that some pictures hide: without a hat, or behind sunglasses.
+SOMETIMES_HIDDEN = ("hat_color", "eye_color", "eye_size", "gaze")
 
 
 def attributes(face: Face) -> dict[str, bool]:
@@ -148,7 +150,7 @@ def attributes(face: Face) -> dict[str, bool]:
 
 
 def factors(face: Face) -> dict[str, float]:
-    """The other factors. With the attributes they give back every pixel."""
+    """The other factors, also where hidden. With the attributes they give back every pixel."""
     return {name: float(getattr(face, name)) for name in FACTOR_NAMES}
 
 

@@ -36,6 +36,7 @@ from pipeline.models.vae.vae import VAE
 BATCH_SIZE = 16  # a categorical likelihood takes 12 MiB for the logits of one image of 64 px
 OFFSETS = (-3, -2, -1, 0, 1, 2, 3)  # of a traversal, in standard deviations
 LIMIT = 3.0  # of the manifold, and the prior's outermost circle: standard deviations of N(0, I)
+PERCENTILES = (0.01, 0.99)  # of the codes of an AE: the limits of its manifold
 CELL, SMALL_CELL = 64, 32  # images are enlarged to at least so many pixels; of a manifold
 DPI = 100  # of the charts
 FEW = 10  # labels with a colour of their own and a place in the legend
@@ -273,9 +274,12 @@ def manipulation(
 # Latents of two dimensions.
 
 
-def manifold(model: VAE, y: torch.Tensor, side: int = 20) -> np.ndarray:
-    """The images of a uniform grid of side² latents over [-3, 3]^2, in the axes of
-    `posterior_scatter`: z0 to the right, z1 up. y (1, E) is that of all images.
+def manifold(model: VAE, images: torch.Tensor, y: torch.Tensor, side: int = 20) -> np.ndarray:
+    """The decoded images of a uniform grid of side² latents, in the axes of `posterior_scatter`: z0
+    to the right, z1 up. All are decoded with the first row of y (N, E).
+
+    The grid covers [-3, 3]^2. The codes of an AE, which has no prior, may lie anywhere: its grid
+    goes from the 1st to the 99th percentile of those of `images`, in either dimension.
 
     ValueError unless z has two continuous dimensions.
     """
@@ -284,13 +288,16 @@ def manifold(model: VAE, y: torch.Tensor, side: int = 20) -> np.ndarray:
             "a manifold needs a continuous latent of 2 dimensions, got "
             f"{model.config.posterior} of {model.config.latent_dim}"
         )
-    line = torch.linspace(-LIMIT, LIMIT, side).to(y)
-    z1, z0 = torch.meshgrid(line.flip(0), line, indexing="ij")
+    low, high = y.new_tensor([[-LIMIT] * 2, [LIMIT] * 2])
+    if not model.config.has_density:
+        codes = posterior_means(model, images, y)
+        low, high = codes.quantile(codes.new_tensor(PERCENTILES), 0)
+    across, up = low.lerp(high, torch.linspace(0, 1, side).to(low)[:, None]).T  # (side,) each
+    z1, z0 = torch.meshgrid(up.flip(0), across, indexing="ij")
     z = torch.stack([z0, z1], -1).flatten(0, 1)
-    images = _means(model, z, y.expand(len(z), -1))
-    captions = [f"{value:.1f}" for value in line.tolist()]
-    rows = list(zip(captions[::-1], np.split(images, side), strict=True))
-    return _sheet(rows, captions, gap=0, cell=SMALL_CELL)
+    decoded = np.split(_means(model, z, y[:1].expand(len(z), -1)), side)
+    rows = [(f"{value:.2g}", row) for value, row in zip(up.flip(0).tolist(), decoded, strict=True)]
+    return _sheet(rows, [f"{value:.2g}" for value in across.tolist()], gap=0, cell=SMALL_CELL)
 
 
 class Posteriors(NamedTuple):

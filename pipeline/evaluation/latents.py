@@ -12,12 +12,14 @@ What cannot be scored is left out of the means, is NaN in the figures per factor
 its position is in `left_out`. Broken input is a ValueError.
 """
 
+import warnings
 from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 from sklearn.ensemble import ExtraTreesClassifier, ExtraTreesRegressor
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Ridge
 from sklearn.metrics import (
     accuracy_score,
@@ -32,6 +34,7 @@ from sklearn.preprocessing import StandardScaler
 MAX_CLASSES = 20  # a factor of whole numbers with at most so many values is discrete
 TREES, LEAF_SIZE = 50, 5  # of DCI
 PENALTIES = (0.1, 1.0, 10.0)  # of the linear probe, times the number of features
+EM_STEPS = 500  # of a mixture, at most; scikit-learn's 100 have been too few for ten Gaussians
 HELD_OUT = 10  # one training row of so many chooses the probe's penalty and thresholds
 
 
@@ -310,7 +313,8 @@ def fit_mixture(latents: np.ndarray, components: int, seed: int) -> GaussianMixt
     """A mixture of Gaussians of full covariance by EM, the ex-post density of Ghosh et al. 2020
     (section 4), who use 10. Its `score_samples(latents)` are log densities (N,) in nats.
 
-    ValueError below components · (D + 1) latents, where a covariance could be singular.
+    ValueError below components · (D + 1) latents, where a covariance could be singular. A mixture
+    that has not converged is said to be so in a printed line, and is of use all the same.
     """
     _check(latents)
     values = latents.astype(np.float64)
@@ -322,7 +326,13 @@ def fit_mixture(latents: np.ndarray, components: int, seed: int) -> GaussianMixt
         )
     # relative to the latents: an autoencoder's have no scale of their own
     floor = max(1e-6 * float(values.var(0).mean()), 1e-12)
-    return GaussianMixture(components, reg_covar=floor, random_state=seed).fit(values)
+    density = GaussianMixture(components, reg_covar=floor, max_iter=EM_STEPS, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # said below
+        density.fit(values)
+    if not density.converged_:
+        print(f"a mixture of {components} Gaussians has not converged in {EM_STEPS} steps of EM")
+    return density
 
 
 def sample_density(density: GaussianMixture, count: int, seed: int) -> np.ndarray:

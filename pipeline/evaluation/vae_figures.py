@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.data.binarize import binarize
+from pipeline.data.faces import SOMETIMES_HIDDEN
 from pipeline.data.images import ImageSet
 from pipeline.evaluation import information, latents, pictures
 from pipeline.evaluation.information import Estimate, mean_with_error
@@ -122,13 +123,16 @@ def reconstruction_figures(split: Split, seed: int) -> Figures:
     }
 
 
-def likelihood_figures(split: Split, settings: LikelihoodSettings, seed: int) -> Figures:
-    """-log p(x) by importance sampling and by prior Monte Carlo, the ELBO, and the gap between."""
+def likelihood_figures(
+    split: Split, settings: LikelihoodSettings, seed: int
+) -> tuple[Figures, dict[str, list[float]]]:
+    """-log p(x) by importance sampling and by prior Monte Carlo, -ELBO, and the gap between; beside
+    the figures both bounds of each image, in order and to six digits, by which two models can be
+    compared on the same images. ValueError where the model has no likelihood."""
+    kind = density_kind(split)
     model, count = split.model, min(settings.num_images, len(split.images))
     chunk = chunk_size(settings.num_samples, 1, bytes_per_sample(model), settings.memory_limit_mib)
-    found: dict[str, list[torch.Tensor]] = {
-        name: [] for name in ("encoder", "elbo", "gap", "prior", "exact")
-    }
+    found: list[dict[str, torch.Tensor]] = []  # of each image
     countable = model.config.posterior == "bernoulli" and model.config.latent_dim <= MAX_BITS
     torch.manual_seed(seed)
     bar = progress_bar(count, f"likelihood, {settings.num_samples} samples")
@@ -136,34 +140,37 @@ def likelihood_figures(split: Split, settings: LikelihoodSettings, seed: int) ->
         estimate = importance_log_likelihood(
             _encoder_weights(model, images, y), settings.num_samples, chunk
         )
-        found["encoder"].append(estimate.log_likelihood)
-        found["elbo"].append(estimate.elbo)
-        found["gap"].append(estimate.inference_gap)
         from_prior = importance_log_likelihood(
             _prior_weights(model, images, y), settings.num_samples, chunk
         )
-        found["prior"].append(from_prior.log_likelihood)
+        values = {
+            "negative_elbo": -estimate.elbo,
+            "nll_importance": -estimate.log_likelihood,
+            "nll_prior": -from_prior.log_likelihood,
+            "inference_gap": estimate.inference_gap,
+            "effective_sample_size": estimate.effective_sample_size,
+        }
         if countable:
-            found["exact"].append(_log_sum_over_bits(model, images, y, chunk))
+            values["nll_exact"] = -_log_sum_over_bits(model, images, y, chunk)
+        found.append(values)
         bar.update(1)
     bar.close()
-    values = {name: torch.cat(parts).cpu() for name, parts in found.items() if parts}
-    nll = mean_with_error(-values["encoder"])
-    figures = {
-        "negative_elbo": figure(mean_with_error(-values["elbo"]), count),
-        "nll_importance": figure(nll, count),
-        "nll_prior": figure(mean_with_error(-values["prior"]), count),
-        "inference_gap": figure(mean_with_error(values["gap"]), count),
+    joined = {name: torch.cat([values[name] for values in found]).cpu() for name in found[0]}
+    per_image = {
+        name: [float(f"{nats:.6g}") for nats in joined[name].tolist()]
+        for name in ("negative_elbo", "nll_importance")
     }
-    if found["exact"]:
-        figures["nll_exact"] = figure(mean_with_error(-values["exact"]), count)
-    if (kind := density_kind(split)) != "density":
+    sizes = joined.pop("effective_sample_size")
+    means = {name: mean_with_error(nats) for name, nats in joined.items()}
+    if kind != "density":
         dims = model.config.in_channels * model.config.image_size**2
-        error = nll.standard_error / (dims * math.log(2))
-        figures["bits_per_dim"] = figure(
-            Estimate(bits_per_dim(nll.value, dims, kind), error), count
-        )
-    return figures
+        for prefix, bound in (("elbo_", "negative_elbo"), ("", "nll_importance")):
+            nats, error = means[bound]
+            bits = Estimate(bits_per_dim(nats, dims, kind), error / (dims * math.log(2)))
+            means[f"{prefix}bits_per_dim"] = bits
+    figures = {name: figure(mean, count) for name, mean in means.items()}
+    figures["effective_sample_size"] = figure(float(np.median(sizes)), count)
+    return figures, per_image
 
 
 def bytes_per_sample(model: VAE) -> int:
@@ -279,11 +286,16 @@ def posterior_of(split: Split) -> Any:
 
 def latent_figures(train: Split, valid: Split, train_count: int, seed: int) -> Figures:
     """What a linear probe reads of the attributes (or classes), what MIG and DCI say where the true
-    factors are known, and how far the latents are from N(0, I)."""
+    factors are known, and how far the latents are from N(0, I).
+
+    MIG and DCI are over the factors that every image shows: without SOMETIMES_HIDDEN of the drawn
+    faces, since what is not in an image cannot be in its latent, whatever the model.
+    """
     count = len(valid.images)
     learned, held_out = posterior_means(train, train_count), posterior_means(valid, count)
     attributes = [targets_of(train.images)[:train_count], targets_of(valid.images)]
-    factors = [train.images.factors[:train_count], valid.images.factors]
+    shown = [name not in SOMETIMES_HIDDEN for name in train.images.index.factor_names]
+    factors = [train.images.factors[:train_count, shown], valid.images.factors[:, shown]]
     figures: Figures = {}
     try:
         if attributes[0].shape[1]:
