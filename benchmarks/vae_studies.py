@@ -43,7 +43,7 @@ MNIST = ROOT / "configs" / "mnist"
 COLLAPSING = {"model.context_layers": 6, "model.context_kernel": 5, "model.latent_dim": 32}
 GREY = {"binarize": "false", "model.likelihood": "gaussian_global", "model.variance": 0.05}
 REFERENCE = "gaussian, uniform"  # the row that others are compared with, image by image
-STUDIES = {  # study: config, what each row changes, columns
+STUDIES = {  # study: config, what each row changes (*_images as a share of the run), columns
     "beta": (
         ROOT / "configs" / "celeba64" / "train_vae_beta_vae.yaml",
         {
@@ -57,11 +57,11 @@ STUDIES = {  # study: config, what each row changes, columns
         MNIST / "train_vae_pixel_vae.yaml",
         {
             "nothing": COLLAPSING,
-            "KL warm-up": {**COLLAPSING, "kl_warmup_images": 60_000},
+            "KL warm-up": {**COLLAPSING, "kl_warmup_images": 0.25},
             "free bits": {**COLLAPSING, "objective.free_bits": 0.1},
             "context dropout": {**COLLAPSING, "model.context_dropout": 0.3},
             "small field": {**COLLAPSING, "model.context_layers": 1, "model.context_kernel": 3},
-            "aggressive": {**COLLAPSING, "encoder_steps": 5, "aggressive_images": 60_000},
+            "aggressive": {**COLLAPSING, "encoder_steps": 5, "aggressive_images": 0.25},
         },
         ("negative_elbo", "nll_importance", "effective_sample_size", "inference_gap", "kl",
          "information", "information_ceiling", "marginal_kl", "barber_agakov", "active_units",
@@ -174,19 +174,22 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="directory with image shards")
     parser.add_argument("--out", type=Path, required=True, help="where the runs go")
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
-    parser.add_argument("--total_images", type=int, help="length of a run, if not the config's")
+    parser.add_argument("--total_images", type=int, default=200_000, help="length of a run")
     parser.add_argument("--seeds", type=int, default=5, help="runs per row (default 5)")
     parser.add_argument("--samples", type=int, default=5_000, help="of the likelihood, per image")
     options = parser.parse_args()
     config, changes, columns = STUDIES[options.study]
-    length = {"total_images": options.total_images} if options.total_images else {}
+    length = options.total_images
     rows, reports = [], {}
     for name, change in changes.items():
         reports[name] = []
         for seed in range(options.seeds):
             short = "".join(c if c.isalnum() else "-" for c in name)
             out = options.out / f"{short}-seed{seed}"
-            settings = {**change, **length, "seed": seed}
+            parts = {
+                key: int(share * length) for key, share in change.items() if key.endswith("_images")
+            }
+            settings = {**change, **parts, "total_images": length, "seed": seed}
             found = report_of(out, options.data, config, settings, options.samples)
             reports[name].append(found)
         row = row_of(name, reports[name], columns)
