@@ -54,7 +54,7 @@ $(VENV)/.peers: $(SETUP)
 test-gpu: $(SETUP)
 	$(PYTHON) -m pytest tests/test_gpu.py tests/test_kernels.py
 
-BENCHMARKS := nearest_code codebook_sums quantizer_step train_step
+BENCHMARKS := nearest_code codebook_sums quantizer_step train_step sampling
 
 bench: $(PEERS)
 	for name in $(BENCHMARKS); do \

@@ -17,7 +17,6 @@ One process, on the GPU where there is one.
 import dataclasses
 import functools
 import json
-import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -36,12 +35,11 @@ from pipeline.evaluation import comparison, extractors, fidelity, latent_picture
 from pipeline.evaluation.comparison import Data, Figures
 from pipeline.evaluation.fidelity import Score
 from pipeline.evaluation.judge import half_of
-from pipeline.evaluation.likelihood import bits_per_dim
 from pipeline.evaluation.sets import SampleFiles, batches_of, blurred, choose
 from pipeline.evaluation.vae_figures import Split
 from pipeline.training.checkpoint import final_directory, load_model, model_sha256, read_about
 
-VERSION = 1  # of the figures, to be raised with every change that alters one
+VERSION = 2  # of the figures, to be raised with every change that alters one
 OWN_FILES = ("comparison", "references", "scatter", "status")  # in --out, so no names of runs
 FROM_REPORT = {  # figure of report_vae.py -> of the table
     "mse": "mse",
@@ -158,31 +156,18 @@ def from_report(name: str, run: Path, sha256: str, config: Compare) -> Figures:
     return figures
 
 
-def from_priors(
-    name: str, run: Path, sha256: str, num_levels: int, dims: int, pixel_nats: float, split: str
-) -> Figures:
-    """The code length by the priors beside a VQ-VAE, over all levels, and the bound with it."""
-    nats = 0.0
+def find_priors(name: str, run: Path, sha256: str, num_levels: int) -> list[Path]:
+    """The priors beside a VQ-VAE, coarse to fine; none unless each level has one of its codes."""
+    paths = [run.parent / f"prior-level{level}" for level in range(num_levels)]
     try:
-        if split != "valid":  # the priors' own figures are of the whole validation split
-            raise stage.UserError("priors are validated on the valid split; use --split valid")
-        for level in range(num_levels):
-            path = run.parent / f"prior-level{level}"
+        for level, path in enumerate(paths):
             about = read_about(path)
-            if about["codes"]["checkpoint_sha256"] != sha256:
+            if about["codes"]["checkpoint_sha256"] != sha256 or about["level"] != level:
                 raise stage.UserError(f"{path} is of other codes; train it on this checkpoint's")
-            height, width = about["codes"]["grids"][level]
-            nats += about["validation_nats_per_code"] * height * width
     except stage.UserError as error:
         print(f"{name}: no code length: {error}")
-        return {}
-    bound = pixel_nats + nats
-    return {
-        "code_length_nats": figure(nats),
-        "code_length_bits_per_dimension": figure(nats / (dims * math.log(2))),
-        "bound": figure(bound),
-        "bits_per_dim": figure(bits_per_dim(bound, dims, "8bit")),
-    }
+        return []
+    return paths
 
 
 def find_samples(
@@ -196,6 +181,8 @@ def find_samples(
             raise stage.UserError(f"{path} was not decoded by {run}")
         if found.protocol.get("attributes") or found.protocol.get("label"):
             raise stage.UserError(f"{path} was asked for attributes or a class")
+        if found.protocol.get("codes") or found.protocol.get("selector"):
+            raise stage.UserError(f"{path} was drawn around given codes, or chosen by a classifier")
         if len(found) < count:
             raise stage.UserError(f"{path} has {len(found)} images, fewer than {count}")
     except stage.UserError as error:
@@ -209,6 +196,7 @@ def find_samples(
 
 def measure(
     run: Path,
+    priors: list[Path],
     samples: SampleFiles | None,
     data: Data,
     scorers: list[extractors.Extractor],
@@ -225,7 +213,8 @@ def measure(
             picked = choose(len(data.chosen), np.arange(len(samples)), data.seed)
             drawn = batches_of(samples, picked)
         material = comparison.vqvae_material(model, drawn, data)
-    figures, grid = comparison.measure(model, material, data, scorers, real_features())
+    loaded = [load_model(path, "prior").to(data.device) for path in priors]
+    figures, grid = comparison.measure(model, material, data, scorers, real_features(), loaded)
     pictures.save_png(grid, picture)
     return figures
 
@@ -307,24 +296,23 @@ def main(config: Compare) -> None:
 
     rows = {}
     for name, run in runs.items():
-        about, sha256, samples = abouts[name], model_sha256(run), None
-        key = {**protocol, "checkpoint": sha256, "samples": None}
+        about, sha256, priors, samples = abouts[name], model_sha256(run), [], None
         if about["kind"] == "vqvae":
+            priors = find_priors(name, run, sha256, len(about["model"]["ratios"]))
             samples = find_samples(name, run, sha256, size, real.recipe.channels, count)
+        key = {**protocol, "checkpoint": sha256, "priors": [], "samples": None}
+        if priors:
+            key["priors"] = [model_sha256(path) for path in priors]
         if samples:
             key["samples"] = {k: v for k, v in samples.protocol.items() if k != "provenance"}
         measured = functools.partial(
-            measure, run, samples, data, scorers, real_features, config.out / f"{name}.png"
+            measure, run, priors, samples, data, scorers, real_features, config.out / f"{name}.png"
         )
         rows[name] = kept(config.out / f"{name}.json", key, measured) | from_metrics(run)
         if about["kind"] == "vae":
             rows[name] |= from_report(name, run, sha256, config)
-        else:
-            num_levels, dims = len(about["model"]["ratios"]), real.recipe.channels * size**2
-            nats = rows[name]["pixel_nats"]["value"]
-            rows[name] |= from_priors(name, run, sha256, num_levels, dims, nats, config.split)
-            if samples and "images_per_sec" in samples.protocol:
-                rows[name]["sampling_images_per_sec"] = figure(samples.protocol["images_per_sec"])
+        elif samples and "images_per_sec" in samples.protocol:
+            rows[name]["sampling_images_per_sec"] = figure(samples.protocol["images_per_sec"])
 
     drawn = {name: f"{name}.png" for name in runs}
     planes = [plane(name, runs[name], data) for name, about in abouts.items() if in_plane(about)]

@@ -10,7 +10,6 @@ each image, `<key>_flip`: the codes of its mirror image. Finished shards are kep
 """
 
 import dataclasses
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 
 from pipeline import stage
+from pipeline.data.codes import npy_bytes
 from pipeline.data.images import IMAGE_EXTENSIONS, Recipe, decode, recipe_for
 from pipeline.data.index import ShardInfo, read_index, write_index
 from pipeline.data.shards import ShardReader, verify_shard, write_shard
@@ -53,13 +53,6 @@ class ExtractCodes:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
-def to_npy(codes: np.ndarray) -> bytes:
-    """An (h, w) integer grid as the bytes of a .npy file."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, codes, allow_pickle=False)
-    return buffer.getvalue()
-
-
 @torch.no_grad()
 def encode(model: VQVAE, images: np.ndarray, device: torch.device) -> list[np.ndarray]:
     """images (B, H, W, C) uint8 -> codes per level (B, h, w), coarse to fine."""
@@ -83,7 +76,7 @@ def code_samples(
                 key = reader.keys[sample].decode() + ("_flip" if mirrored else "")
                 about = json.loads(reader.read_member(sample, "json"))
                 about["view"] = "flip" if mirrored else "original"
-                members = {f"level{i}.npy": to_npy(grid[row]) for i, grid in enumerate(levels)}
+                members = {f"level{i}.npy": npy_bytes(grid[row]) for i, grid in enumerate(levels)}
                 yield key, {**members, "json": json.dumps(about).encode()}
             bar.update(len(chosen))
 

@@ -24,7 +24,7 @@ import jsonargparse
 Config = TypeVar("Config")
 
 # flags that may stand without a value
-SWITCHES = ("dry_run", "flip", "tar", "cache", "compile", "binarize")
+SWITCHES = ("dry_run", "flip", "flips", "cache", "compile", "binarize", "checkpoint_activations")
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_REQUEUE = 0, 1, 2, 85
 

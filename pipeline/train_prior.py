@@ -1,4 +1,4 @@
-"""Trains a PixelCNN prior over the codes of one level, given the coarser levels.
+"""Trains a prior over the codes of one level, given the coarser levels.
 
     python pipeline/train_prior.py --config configs/demo/train_prior_level0.yaml \\
         --codes runs/demo/codes --level 0 --out runs/demo/prior-level0
@@ -8,30 +8,42 @@
     torchrun --nproc_per_node 2 pipeline/train_prior.py ...       two CPU processes, or two GPUs
     python pipeline/train_prior.py ... --dry_run true             parameters, memory, disk, time
 
+Other kinds of prior than the gated PixelCNN, and a large one on little memory:
+
+    python pipeline/train_prior.py ... --model.architecture pixelsnail \\
+        --model.attention_layers 2 --model.output_layers 2
+    python pipeline/train_prior.py ... --model.architecture transformer --learning_rate 3e-4
+    accelerate launch --config_file configs/accelerate/zero2.yaml pipeline/train_prior.py ... \\
+        --checkpoint_activations true
+
 Level 0 (top) is the coarsest. `final/` always holds the weights with the best validation nats per
-code. Started again with the same --out it resumes from its newest checkpoint.
+code; its config.json says how far the training codes lie below them. Started again with the same
+--out it resumes from its newest checkpoint.
 """
 
 import dataclasses
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 if not __package__:  # run as a script: import from the checkout, not from pipeline/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from pipeline import stage
 from pipeline.data.codes import CodeSet, open_codes
 from pipeline.data.loader import training_batches
-from pipeline.models.pixelcnn import PixelCNN, PixelCNNConfig
+from pipeline.models.priors import make_prior
+from pipeline.models.priors.prior import Prior, PriorConfig
 from pipeline.training import distributed, zero
 from pipeline.training.checkpoint import save_model
 from pipeline.training.collectives import all_reduce_sum, rank_slice
-from pipeline.training.dry_run import report_dry_run
+from pipeline.training.dry_run import peak_memory_gib, report_dry_run
 from pipeline.training.run import Run, step_seed
 from pipeline.training.schedule import Schedule
 from pipeline.training.steps import Steps
@@ -50,10 +62,19 @@ class TrainPrior:
     """Level whose codes are modelled; 0 or top is the coarsest, bottom the finest."""
     condition: Literal["none", "class", "attributes"] = "none"
     """What to condition on, besides the coarser levels."""
-    model: PixelCNNConfig = PixelCNNConfig()
+    condition_dropout: float = 0.1
+    """Probability that an image's class and attributes are hidden altogether, in [0, 1): what
+    guidance in sampling needs. Besides, a random share of the attributes always is."""
+    flips: bool = True
+    """Train on the mirror images too, where extract_codes.py made their codes; false = leave them
+    out."""
+    model: PriorConfig = PriorConfig()
     """Sizes; what the codes determine (codebook sizes, classes, attributes) is filled in."""
     total_images: int = 400_000
     """Length of the run in images."""
+    patience: int = 0
+    """End the run when the validation has found no new best for so many images, a few times
+    validate_every; 0 = never."""
     batch_size: int = 64
     """Global batch, over all processes."""
     learning_rate: float = 1e-3
@@ -66,6 +87,9 @@ class TrainPrior:
     """Largest global norm of the gradient."""
     average_halflife: int = 10_000
     """Half-life of the weight average in images; 0 = no average."""
+    checkpoint_activations: bool = False
+    """Compute the layers' activations twice instead of keeping them: less memory, the same
+    gradients."""
     seed: int = 0
     """Seed of the initial weights, the data order and the dropout."""
     log_every: int = 2_000
@@ -83,6 +107,10 @@ class TrainPrior:
         for name in ("total_images", "batch_size", "learning_rate", "gradient_clip"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.patience < 0:
+            raise ValueError(f"patience must be at least 0, got {self.patience}")
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(f"condition_dropout must be in [0, 1), got {self.condition_dropout}")
 
 
 def level_number(level: int | str, num_levels: int) -> int:
@@ -93,14 +121,16 @@ def level_number(level: int | str, num_levels: int) -> int:
     return number
 
 
-def model_config(config: TrainPrior, codes: CodeSet, level: int) -> PixelCNNConfig:
+def model_config(config: TrainPrior, codes: CodeSet, level: int) -> PriorConfig:
     """The model's config with what the codes determine."""
-    sizes = codes.index.codes["codebook_sizes"]  # pyright: ignore[reportOptionalSubscript]
+    about: Any = codes.index.codes
+    sizes = about["codebook_sizes"]
     names = {"class": codes.index.class_names, "attributes": codes.index.attribute_names}
     if config.condition != "none" and not names[config.condition]:
         raise stage.UserError(f"{config.codes} has no {config.condition} to condition on")
     return dataclasses.replace(
         config.model,
+        grid=tuple(about["grids"][level]),
         codebook_size=sizes[level],
         coarser_codebook_sizes=tuple(sizes[:level]),
         num_classes=len(names["class"]) if config.condition == "class" else 0,
@@ -109,7 +139,7 @@ def model_config(config: TrainPrior, codes: CodeSet, level: int) -> PixelCNNConf
 
 
 def model_inputs(batch: dict[str, torch.Tensor], level: int, device: torch.device) -> dict:
-    """What PixelCNN.forward takes, from a batch of the loader."""
+    """What Prior.forward takes, from a batch of the loader."""
     on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     return {
         "codes": on_device[f"level{level}"],
@@ -120,35 +150,48 @@ def model_inputs(batch: dict[str, torch.Tensor], level: int, device: torch.devic
 
 
 def hide_some_conditions(
-    inputs: dict, seed: int, images_seen: int, batch_size: int, part: slice
-) -> dict:
-    """Makes parts of the condition unknown, so that any part of it can be given in sampling.
+    inputs: dict, config: TrainPrior, images_seen: int, part: slice
+) -> dict[str, torch.Tensor]:
+    """Makes parts of the condition unknown, so that any part of it, or nothing, can be given in
+    sampling.
 
-    Of each image's attributes a uniformly random share is hidden; a class with probability 0.1.
-    Drawn for the whole global batch of `batch_size` at `images_seen`, of which this rank has
-    `part`, so that it does not depend on the number of ranks.
+    Of each image's attributes a uniformly random share is hidden; with probability
+    `condition_dropout` all of them are, and the class. Drawn for the whole global batch at
+    `images_seen`, of which this rank has `part`, so that it does not depend on the number of ranks.
     """
     labels, attributes = inputs["labels"], inputs["attributes"]
-    generator = np.random.Generator(np.random.Philox(key=[seed, images_seen]))
-    share = generator.random((batch_size, 1))
-    hidden = (generator.random((batch_size, attributes.shape[1])) < share)[part]
-    no_class = (generator.random(batch_size) < 0.1)[part]
+    generator = np.random.Generator(np.random.Philox(key=[config.seed, images_seen]))
+    share = generator.random((config.batch_size, 1))
+    hidden = generator.random((config.batch_size, attributes.shape[1])) < share
+    everything = generator.random(config.batch_size) < config.condition_dropout
+    hidden = torch.from_numpy((hidden | everything[:, None])[part]).to(attributes.device)
+    no_class = torch.from_numpy(everything[part]).to(labels.device)
     return {
         **inputs,
-        "attributes": attributes.masked_fill(torch.from_numpy(hidden).to(attributes.device), 0),
-        "labels": labels.masked_fill(torch.from_numpy(no_class).to(labels.device), -1),
+        "attributes": attributes.masked_fill(hidden, 0),
+        "labels": labels.masked_fill(no_class, -1),
     }
+
+
+def subset(codes: CodeSet, indices: np.ndarray) -> CodeSet:
+    """The samples at `indices`."""
+    return dataclasses.replace(
+        codes,
+        levels=[level[indices] for level in codes.levels],
+        attributes=codes.attributes[indices],
+        labels=codes.labels[indices],
+        flipped=codes.flipped[indices],
+    )
 
 
 @torch.no_grad()
 def nats_per_code(
-    model: PixelCNN, codes: CodeSet, level: int, batch_size: int, accelerator, limit: int = 0
+    model: Prior, codes: CodeSet, level: int, batch_size: int, accelerator: Accelerator
 ) -> float:
-    """Mean negative log-likelihood in nats per code, over a split or its first `limit` samples,
-    with the full condition; each sample once, whatever the number of ranks."""
+    """Mean negative log-likelihood in nats per code, with the full condition; each sample once,
+    whatever the number of ranks."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    count = min(limit, len(codes)) if limit else len(codes)
-    part = torch.arange(count)[rank_slice(count, rank, world)]
+    part = torch.arange(len(codes))[rank_slice(len(codes), rank, world)]
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for indices in part.split(batch_size):
         arrays = codes.fetch(indices.numpy())
@@ -157,7 +200,33 @@ def nats_per_code(
             nats = model(**model_inputs(batch, level, accelerator.device))
         total += nats.double() * len(indices)
     all_reduce_sum(total)
-    return float(total) / count
+    return float(total) / len(codes)
+
+
+def validate(
+    model: Prior,
+    valid: CodeSet,
+    sample: CodeSet,
+    level: int,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Nats per code of the validation split and of a sample of the training codes, measured alike,
+    and the gap between them, which is overfitting."""
+    found, on_train = (
+        nats_per_code(model, codes, level, batch_size, accelerator) for codes in (valid, sample)
+    )
+    return {
+        "validation_nats_per_code": found,
+        "train_sample_nats_per_code": on_train,
+        "gap_nats_per_code": found - on_train,
+    }
+
+
+def has_stopped(progress: Mapping[str, Any], patience: int) -> bool:
+    """True if the last validation came `patience` images after the best one, or later. Until the
+    next one nothing changes, so a resumed run ends where an uninterrupted one does."""
+    return 0 < patience <= progress["validated_at"] - progress["best_at"]
 
 
 def main(config: TrainPrior) -> int:
@@ -165,15 +234,21 @@ def main(config: TrainPrior) -> int:
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     distributed.check_global_batch(config.batch_size, world)
 
-    # Data: the codes of all levels, in memory.
+    # Data: the codes of all levels, in memory; of the training images a sample as large as the
+    # validation split, on which the same is measured.
     train, valid = open_codes(config.codes, "train"), open_codes(config.codes, "valid")
+    originals = np.flatnonzero(~train.flipped)
+    spread = np.linspace(0, len(originals), min(len(originals), len(valid)), endpoint=False)
+    sample = subset(train, originals[spread.astype(int)])
+    if not config.flips:
+        train = subset(train, originals)
     level = level_number(config.level, len(train.levels))
     config = dataclasses.replace(config, level=level)  # saved as a number, not an alias
 
     # Model, average, optimizer.
     torch.manual_seed(config.seed)
-    model = PixelCNN(model_config(config, train, level))
-    model = model.to(device).to(memory_format=torch.channels_last)
+    model = make_prior(model_config(config, train, level)).to(device)
+    model.checkpoint_activations = config.checkpoint_activations
     average = WeightAverage(model, config.average_halflife)
     adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
     if zero.is_zero(accelerator):
@@ -190,22 +265,27 @@ def main(config: TrainPrior) -> int:
         )  # fmt: skip
         return 0
 
-    run = Run(config, model, average, steps, train.index.sha256, extra={"best": None})
+    extra = {"best": None, "best_at": 0, "validated_at": 0}
+    run = Run(config, model, average, steps, train.index.sha256, extra)
     run.resume()
-    best = run.extra["best"] or math.inf
-    run.start(f"prior {level}", f"level {level}, {len(train):,} training samples")
+    best = math.inf if run.extra["best"] is None else run.extra["best"]
+    views = "1 view" if len(train) == len(originals) else "2 views"
+    run.start(
+        f"prior {level}",
+        f"level {level}, {len(train):,} training samples: {len(originals):,} images in {views}",
+    )
 
     batches = training_batches(
         train.fetch, len(train), batch_size=config.batch_size, seed=config.seed,
         start=run.images_seen, rank=rank, world_size=world, workers=config.workers,
     )  # fmt: skip
     part = rank_slice(config.batch_size, rank, world)
-    while run.images_seen < config.total_images:
+    while run.images_seen < config.total_images and not has_stopped(run.extra, config.patience):
         run.start_step()
         # Randomness is keyed by position, so a resumed run needs no generator's state.
         torch.manual_seed(step_seed(config.seed, run.images_seen, rank))
         inputs = model_inputs(next(batches), level, device)
-        inputs = hide_some_conditions(inputs, config.seed, run.images_seen, config.batch_size, part)
+        inputs = hide_some_conditions(inputs, config, run.images_seen, part)
         nats = trained(**inputs)
         norm = steps.take([nats])
         metrics = {"prior/train_nats_per_code": nats, "gradient/norm": norm}
@@ -214,36 +294,43 @@ def main(config: TrainPrior) -> int:
         # Report, validate, save.
         if due.logs:
             values = run.means.values(world)
+            rate = run.tracker.images_per_sec(run.images_seen)
+            values["throughput/codes_per_sec"] = rate * math.prod(model.config.grid)
+            values["memory/peak_gib"] = peak_memory_gib()
             run.log(values)
             run.tracker.show(nats=values["prior/train_nats_per_code"], best=best)
         if due.validates:
-            nats = nats_per_code(average.model, valid, level, config.batch_size, accelerator)
-            run.tracker.log(run.images_seen, {"prior/validation_nats_per_code": nats})
-            if nats < best:
-                best = run.extra["best"] = nats
-                # the same measure on as many training samples: the gap is the overfitting
-                train_nats = nats_per_code(
-                    average.model, train, level, config.batch_size, accelerator, limit=len(valid)
-                )
+            validation = validate(
+                average.model, valid, sample, level, config.batch_size, accelerator
+            )
+            tags = {f"prior/{name}": value for name, value in validation.items()}
+            run.tracker.log(run.images_seen, tags)
+            run.extra["validated_at"] = run.images_seen
+            if validation["validation_nats_per_code"] < best:
+                best = validation["validation_nats_per_code"]
+                run.extra |= {"best": best, "best_at": run.images_seen}
                 if accelerator.is_main_process:
                     about = {
                         "config": stage.to_dict(config),
                         "level": level,
                         "images_seen": run.images_seen,
-                        "validation_nats_per_code": nats,
-                        "train_nats_per_code": train_nats,
+                        **validation,
                         "codes": train.index.codes,
                         "attribute_names": train.index.attribute_names,
                         "class_names": train.index.class_names,
                         **stage.provenance(),
                     }
-                    save_model(config.out, "pixelcnn", average.model, about)
-        if due.saves:
+                    save_model(config.out, "prior", average.model, about)
+        if due.saves or has_stopped(run.extra, config.patience):
             run.save()
 
     run.tracker.close()
     if accelerator.is_main_process:
-        print(f"{config.out / 'final'}: best validation {best:.4f} nats per code")
+        if has_stopped(run.extra, config.patience):
+            print(f"stopped at {run.images_seen:,} of {config.total_images:,} images: no new best "
+                  f"in {config.patience:,} (--patience)")  # fmt: skip
+        at = f"{run.extra['best_at']:,} images"
+        print(f"{config.out / 'final'}: best validation {best:.4f} nats per code, at {at}")
     return run.end()
 
 

@@ -115,8 +115,8 @@ def test_a_model_is_rebuilt_from_its_directory_alone(tmp_path):
     stored = load_file(tmp_path / "final" / "model.safetensors")
     assert not any(name.startswith("module.") for name in stored)
     assert {"codebook", "counts", "sums"} <= {n.split(".")[-1] for n in stored if "quantizers" in n}
-    with pytest.raises(UserError, match="holds a vqvae, expected a pixelcnn"):
-        load_model(tmp_path, "pixelcnn")
+    with pytest.raises(UserError, match="holds a vqvae, expected a prior"):
+        load_model(tmp_path, "prior")
     (tmp_path / "final" / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="damaged"):
         load_model(tmp_path)

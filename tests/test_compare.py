@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import stats
 
 from pipeline import compare, stage
 from pipeline.compare import Compare
@@ -226,39 +225,6 @@ def test_vectors_of_codes_are_what_the_model_quantizes_to(data):
         assert np.array_equal(features, expected[level].quantized.flatten(1))
 
 
-# The likelihood of a VQ-VAE.
-
-
-def test_logistic_nats_against_scipy():
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randint(0, 256, (5, 3, 4, 4), generator=generator)
-    values[:, :, 0] = torch.tensor([0, 255, 0, 255])
-    means = torch.rand(5, 3, 4, 4, dtype=torch.float64, generator=generator) * 1.2 - 0.1
-    found = comparison.logistic_nats(means, values.double() / 255, -2.0)
-    density = stats.logistic(2 * means.numpy() - 1, math.exp(-2))
-    x = values.numpy()
-    upper = np.where(x == 255, 1, density.cdf((x + 0.5) / 127.5 - 1))
-    lower = np.where(x == 0, 0, density.cdf((x - 0.5) / 127.5 - 1))
-    np.testing.assert_allclose(found, -np.log(upper - lower).sum((1, 2, 3)), rtol=1e-9)
-
-
-def test_the_scale_of_the_logistic_is_the_best_one_on_training_images(data):
-    model = vqvae()
-    nats, log_scale = comparison.pixel_nats(model, data)
-
-    def mean_nats(indices, images, log_scale):
-        batch = pictures.to_unit(images[indices])
-        with torch.no_grad():
-            means = model(batch).reconstructions
-        return float(comparison.logistic_nats(means, batch, log_scale).double().mean())
-
-    learned = np.arange(100)
-    best = mean_nats(learned, data.train, log_scale)
-    for step in (-0.1, 0.1):
-        assert mean_nats(learned, data.train, log_scale + step) > best
-    assert nats == pytest.approx(mean_nats(data.chosen, data.real, log_scale), rel=1e-6)
-
-
 # The stage.
 
 
@@ -372,29 +338,6 @@ def test_samples_count_where_they_are_the_checkpoints_own(tree, tmp_path, capsys
     assert find() is None and "15 images, fewer than 16; python" in capsys.readouterr().out
     write_samples(tmp_path, 17)
     assert len(find()) == 17
-
-
-def test_code_length_and_bound_from_the_priors_beside(tree, tmp_path, capsys):
-    shutil.copytree(tree / "vqvae", tmp_path / "vqvae")
-    sha256 = model_sha256(tmp_path / "vqvae")
-    find = lambda split="valid": compare.from_priors(  # noqa: E731
-        "vqvae", tmp_path / "vqvae", sha256, 2, DIMS, 1000.0, split
-    )
-    for level, nats in enumerate((1.5, 0.25)):
-        assert find() == {}
-        codes = {"checkpoint_sha256": sha256, "grids": [[4, 4], [8, 8]]}
-        stage.write_json(tmp_path / f"prior-level{level}/final/config.json",
-                         {"validation_nats_per_code": nats, "codes": codes})  # fmt: skip
-    found = {tag: figure["value"] for tag, figure in find().items()}
-    assert found == pytest.approx({
-        "code_length_nats": 40.0,
-        "code_length_bits_per_dimension": 40 / math.log(2) / DIMS,
-        "bound": 1040.0,
-        "bits_per_dim": 1040 / math.log(2) / DIMS,
-    })  # fmt: skip
-    assert find("test") == {}
-    sha256 = "0" * 64
-    assert find() == {} and "is of other codes" in capsys.readouterr().out
 
 
 def test_a_report_is_read_if_it_is_of_this_checkpoint_and_split(tree, face_shards, tmp_path):

@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT, run_stage
 
 from pipeline import stage
-from pipeline.models.pixelcnn import PixelCNN
+from pipeline.models.priors import make_prior
 from pipeline.models.vqvae import VQVAE
 from pipeline.stage import UserError
 from pipeline.train_prior import level_number
@@ -35,7 +35,7 @@ REQUIRED = {
 
 def stage_name(path: Path) -> str:
     """train_prior_level0.yaml -> train_prior, train_vae_iwae.yaml -> train_vae."""
-    return re.sub(r"_level\d+$|(?<=^train_vae)_.*$", "", path.stem)
+    return re.sub(r"(?<=^train_prior)_.*$|(?<=^train_vae)_.*$", "", path.stem)
 
 
 def stage_of(path: Path):
@@ -72,7 +72,7 @@ def test_every_yaml_builds_its_model(path):
     required = REQUIRED[stage_name(path)]
     config = stage.parse(config_type, [*required, f"--config={path}"])
     with torch.device("meta"):
-        model = (VQVAE if config_type is TrainVQVAE else PixelCNN)(config.model)
+        model = (VQVAE if config_type is TrainVQVAE else make_prior)(config.model)
     assert sum(parameter.numel() for parameter in model.parameters()) > 1000
 
 

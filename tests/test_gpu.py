@@ -8,9 +8,11 @@ import copy
 import pytest
 import torch
 
-from pipeline.models.pixelcnn import PixelCNN, PixelCNNConfig
+from pipeline.models.priors import make_prior
+from pipeline.models.priors.noise import image_keys
+from pipeline.models.priors.prior import PriorConfig
+from pipeline.models.priors.sampling import sample_codes
 from pipeline.models.quantizers import PlacedCodes
-from pipeline.models.sampling import gumbel_noise, sample_codes
 from pipeline.models.vae.objectives import Objective
 from pipeline.models.vae.vae import VAE, VAEConfig
 from pipeline.models.vqvae import VQVAE, VQVAEConfig, loss
@@ -80,14 +82,20 @@ def test_a_step_of_the_codebooks_does_not_make_the_host_wait(quantizer):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("method", ["wavefront", "raster"])
+@pytest.mark.parametrize("architecture", ["pixelcnn", "pixelsnail", "transformer"])
 @torch.no_grad()
-def test_samples_are_those_of_the_cpu_in_float64():
-    config = PixelCNNConfig(channels=16, layers=3, codebook_size=17)
-    model = PixelCNN(config).double().eval()
-    noise = torch.from_numpy(gumbel_noise(0, range(4), 0, 17, (6, 6))).double()
-    expected = sample_codes(model, model.condition(4, (6, 6)), noise)
+def test_samples_are_those_of_the_cpu_in_float64(architecture, method):
+    """On CUDA the steps run as graphs, fronts padded to one size."""
+    config = PriorConfig(
+        architecture=architecture, channels=16, attention_channels=16, heads=2, layers=3,
+        attention_layers=architecture == "pixelsnail", grid=(6, 7), codebook_size=17,
+    )  # fmt: skip
+    model = make_prior(config).double().eval()
+    keys = image_keys(0, torch.arange(4), 0)
+    expected = sample_codes(model, model.condition(4), keys).codes
     model = model.cuda()
-    drawn = sample_codes(model, model.condition(4, (6, 6)), noise.cuda())
+    drawn = sample_codes(model, model.condition(4), keys.cuda(), method=method).codes
     assert torch.equal(drawn.cpu(), expected)
 
 

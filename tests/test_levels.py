@@ -15,7 +15,7 @@ from pipeline import evaluate, report_levels, stage
 from pipeline.data.images import open_images
 from pipeline.evaluation import levels, pictures
 from pipeline.models.classifier import Classifier, ClassifierConfig
-from pipeline.models.pixelcnn import PixelCNNConfig
+from pipeline.models.priors.prior import PriorConfig
 from pipeline.models.vqvae import VQVAE, VQVAEConfig
 from pipeline.report_levels import ReportLevels
 from pipeline.stage import UserError
@@ -26,7 +26,7 @@ from pipeline.training.checkpoint import load_model, model_sha256, read_about, s
 CPU = torch.device("cpu")
 SIZE, DIM, K = 8, 3, 5  # pixels, code dimension, codes of the hand-made models
 TINY = levels.SmallPriors(
-    model=PixelCNNConfig(channels=16, layers=2, kernel_size=3, condition_layers=1, dropout=0.0),
+    model=PriorConfig(channels=16, layers=2, kernel_size=3, condition_layers=1, dropout=0.0),
     total_images=5_000, batch_size=32, learning_rate=5e-3, warmup_images=320,
     average_halflife=320, validate_every=2_500,
 )  # fmt: skip

@@ -114,8 +114,9 @@ def test_samples_do_not_depend_on_the_batch_or_the_ranks(run, tmp_path):
 
 
 def test_conditions_by_name(run, tmp_path):
-    sample_prior(config(run, tmp_path / "a", attributes="Smiling=1,Eyeglasses=0", tar=True))
-    assert (tmp_path / "a" / "images.tar").is_file() and not (tmp_path / "a" / "images").exists()
+    sample_prior(config(run, tmp_path / "a", attributes="Smiling=1,Eyeglasses=0", format="tar"))
+    assert (tmp_path / "a" / "shards" / "index.json").is_file()
+    assert not (tmp_path / "a" / "images").exists()
     with pytest.raises(stage.UserError, match=r"unknown attribute Smilin; known: .*Smiling"):
         sample_prior(config(run, tmp_path / "b", attributes="Smilin=1"))
     with pytest.raises(stage.UserError, match="not trained with label"):

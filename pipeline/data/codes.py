@@ -29,6 +29,8 @@ class CodeSet:
     """(N, A) int8: -1 no, +1 yes, 0 unknown."""
     labels: np.ndarray
     """(N,) int64: the class, -1 where there is none."""
+    flipped: np.ndarray
+    """(N,) bool: the codes of a mirror image."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,7 +78,15 @@ def open_codes(root: Path, split: str) -> CodeSet:
         levels=levels,
         attributes=np.array(attributes, np.int8).reshape(len(samples), len(names)),
         labels=np.array([sample.get("label", -1) for _, sample in samples], np.int64),
+        flipped=np.array([sample.get("view") == "flip" for _, sample in samples], bool),
     )
+
+
+def npy_bytes(codes: np.ndarray) -> bytes:
+    """An (h, w) integer grid as the bytes of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, codes, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _from_npy(data: bytes) -> np.ndarray:

@@ -6,13 +6,14 @@ dash in the table.
 
     reconstructions   decoded at the posterior's mean; of a VQ-VAE from its codes
     samples           z from the model's own prior, N(0, I) or p(z|y) with y of the scored images;
-                      of a VQ-VAE the files that sample_prior.py made with its PixelCNN priors
+                      of a VQ-VAE the files that sample_prior.py made with its priors
     gaussian, mixture z from a density fitted to posterior means of training images (ex post, Ghosh
                       et al. 2020, section 4), y of training images drawn independently of z
     interpolations    half-way on the line between the means (and y) of two random images; of a
                       VQ-VAE between the latents of all levels before they are quantized
 """
 
+import math
 import re
 import statistics
 import time
@@ -21,16 +22,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 
 from pipeline.data.images import ImageSet
 from pipeline.evaluation import fidelity, latents, levels, pictures, vae_figures
+from pipeline.evaluation.code_likelihood import fit_log_scale, image_nats, knows_y
 from pipeline.evaluation.extractors import Extractor
 from pipeline.evaluation.fidelity import Score
+from pipeline.evaluation.information import mean_with_error
 from pipeline.evaluation.latent_pictures import prior_latents
 from pipeline.evaluation.report import SETS as REFERENCES
 from pipeline.evaluation.sets import BATCH_SIZE, Reconstructions, batches_of
-from pipeline.models.vae.likelihoods import LogisticMixture
+from pipeline.models.priors.prior import Prior
 from pipeline.models.vae.vae import VAE
 from pipeline.models.vqvae import VQVAE
 
@@ -191,43 +193,29 @@ def between(model: VQVAE, data: Data) -> Iterator[np.ndarray]:
         yield pictures.to_uint8(model.decode(mixed))
 
 
-def logistic_nats(means: torch.Tensor, images: torch.Tensor, log_scale: float) -> torch.Tensor:
-    """-log p(x) in nats (B,) of 8-bit images under discretized logistics of one scale.
-
-    Args:
-        means: (B, C, H, W), pixels about [0, 1], not clamped.
-        images: (B, C, H, W), 8-bit values / 255.
-        log_scale: of pixels from -1 to 1, as in Salimans et al. 2017, eq. 2 with one component.
-    """
-    logistic = LogisticMixture(images.shape[1], mixtures=1)
-    batch, channels, *grid = means.shape
-    weight, log_scales = means.new_zeros(batch, 1, *grid), torch.full_like(means, log_scale)
-    pairs = means.new_zeros(batch, channels * (channels - 1) // 2, *grid)  # channels independent
-    return -logistic.log_prob(torch.cat([weight, 2 * means - 1, log_scales, pairs], 1), images)
-
-
-@torch.no_grad()
-def pixel_nats(model: VQVAE, data: Data) -> tuple[float, float]:
-    """-log p(x|z_q(x)) per image in nats, mean over the real images, and the log scale of its
-    discretized logistic, fitted to the first training images."""
-
-    def pairs(images: ImageSet, indices: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for batch in batches_of(images, indices):
-            unit = pictures.to_unit(batch, data.device)
-            yield model(unit).reconstructions.float(), unit
-
-    fitted = list(pairs(data.train, np.arange(min(FIT_IMAGES, data.num_train))))
-
-    def nats(log_scale: float) -> float:
-        return sum(float(logistic_nats(*pair, log_scale).double().sum()) for pair in fitted)
-
-    found: Any = minimize_scalar(nats, bounds=(-7, 2), method="bounded", options={"xatol": 1e-3})
-    log_scale = float(found.x)
-    total = sum(
-        float(logistic_nats(*pair, log_scale).double().sum())
-        for pair in pairs(data.real, data.chosen)
-    )
-    return total / len(data.chosen), log_scale
+def vqvae_likelihood(model: VQVAE, priors: Sequence[Prior], data: Data) -> dict[str, Score]:
+    """-log p(x|z_q(x)) of the real images and the scale of its logistic; with priors the length of
+    the codes and the bound, class and attributes hidden, and the bound given these where a prior
+    knows them. See code_likelihood.py."""
+    learned = np.arange(min(FIT_IMAGES, data.num_train))
+    log_scale = fit_log_scale(model, data.train, learned, data.device)
+    pixels, codes, given = image_nats(model, priors, log_scale, data.real, data.chosen, data.device)
+    figures = {"pixel_nats": pixels}
+    if priors:
+        nats_per_bit = data.real.recipe.channels * data.real.recipe.size**2 * math.log(2)
+        figures |= {
+            "code_length_nats": codes,
+            "code_length_bits_per_dimension": codes / nats_per_bit,
+            "bound": pixels + codes,
+            "bits_per_dim": (pixels + codes) / nats_per_bit,
+        }
+    if knows_y(priors):
+        figures["bound_given_y"] = pixels + given
+    scores = {"logistic_log_scale": Score(log_scale)}
+    for tag, values in figures.items():
+        mean, error = mean_with_error(values)
+        scores[tag] = Score(mean, (mean - 1.96 * error, mean + 1.96 * error))
+    return scores
 
 
 # Any model.
@@ -239,12 +227,14 @@ def measure(
     data: Data,
     scorers: Sequence[Extractor],
     real_features: Mapping[str, Any],
+    priors: Sequence[Prior] = (),
 ) -> tuple[Figures, np.ndarray]:
     """All that takes the model, and a picture (H', W', 3) uint8: a row of real images, then one of
     each set, in the order of SETS.
 
     Args:
         real_features: of the chosen images, as `fidelity.extract` returns them.
+        priors: of a VQ-VAE's codes, coarse to fine; none where it has none.
     """
     scores: dict[str, Score] = {}
     rows = [data.real[data.chosen[:SHOWN]]]
@@ -259,8 +249,7 @@ def measure(
     else:
         reconstructions: Any = material.sets["reconstructions"]
         scores["mse"] = Score(reconstructions.figures()["mse"])
-        nats, log_scale = pixel_nats(model, data)
-        scores |= {"pixel_nats": Score(nats), "logistic_log_scale": Score(log_scale)}
+        scores |= vqvae_likelihood(model, priors, data)
     targets = [vae_figures.targets_of(images) for images in (data.train, data.real)]
     targets = targets[0][: data.num_train], targets[1][data.chosen]
     for name, learned, features in material.probed if targets[0].shape[1] else ():
@@ -321,7 +310,7 @@ def _over_seeds(values: list[float]) -> dict[str, Any]:
 
 NOTES = {
     "sets": "Samples are from the model's own prior, N(0, I) or p(z|y) with y of the real images "
-    "(a VQ-VAE's: its PixelCNN priors); gaussian and mixture from a density fitted to posterior "
+    "(a VQ-VAE's: its priors over codes); gaussian and mixture from a density fitted to posterior "
     "means of training images, y independent of z; interpolations are half-way on the line between "
     "the means of two images (a VQ-VAE's: between latents before they are quantized). All are the "
     "decoder's means, rounded to 8 bits.",
@@ -329,9 +318,13 @@ NOTES = {
     "be below it. [ ] is a 95 % bootstrap interval of "
     "one run, ± the spread over subsets of one run (KID) or the standard deviation over seeds.",
     "likelihood": "Nats are per image. The bound is on -log p(x), or on -log p(x|y) of a "
-    "conditional model: importance-weighted for a VAE; for a VQ-VAE -log p(x|z_q) - log p(codes), "
-    "with a discretized logistic of one scale. Nats of a density and of a mass are not comparable, "
-    "bits/dim are. The code length is that of the codes alone, without the pixels: no bits/dim. "
+    "conditional VAE: importance-weighted for a VAE; for a VQ-VAE -log p(x|z_q) - log p(codes), "
+    "with a discretized logistic of one scale fitted to training images. Where its priors know the "
+    "class or attributes y, the bound is that with y hidden from them, on -log p(x), and beside it "
+    "stands the bound on -log p(x|y), y the image's own. Nats of a density and of a mass are not "
+    "comparable, bits/dim are. The code length is that of the codes alone, y hidden, without the "
+    "pixels: no bits/dim. Priors are those of their best validation, so that on split valid they "
+    "look a little better than they are. [ ] is a 95 % interval of the mean over images. "
     "The bound of a VAE is over so many images, by so many samples each; one of binarized pixels "
     "has no MSE and no bits/dim here, since these are of other images.",
     "latent": "I_q is at most ln N, its ceiling. The probe is linear, mean over attributes (or "
@@ -344,6 +337,7 @@ COLUMNS = {  # table -> tag -> title
     "likelihood": {
         "negative_elbo": "-ELBO, nats",
         "bound": "bound, nats",
+        "bound_given_y": "VQ-VAE given y, nats",
         "likelihood_images": "images",
         "likelihood_samples": "samples",
         "inference_gap": "inference gap",

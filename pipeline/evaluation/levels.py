@@ -22,7 +22,8 @@ from pipeline.data.images import ImageSet
 from pipeline.data.order import batches, permute
 from pipeline.evaluation import fidelity, pictures
 from pipeline.evaluation.sets import batches_of
-from pipeline.models.pixelcnn import PixelCNN, PixelCNNConfig
+from pipeline.models.priors import make_prior
+from pipeline.models.priors.prior import Prior, PriorConfig
 from pipeline.models.vqvae import VQVAE
 from pipeline.stage import UserError
 from pipeline.training.schedule import is_due, learning_rate
@@ -165,7 +166,7 @@ class Ablated:
 class SmallPriors:
     """How the priors of a report are trained, all alike."""
 
-    model: PixelCNNConfig = PixelCNNConfig(channels=32, layers=4, condition_layers=2, dropout=0.0)
+    model: PriorConfig = PriorConfig(channels=32, layers=4, condition_layers=2, dropout=0.0)
     """Sizes; what the codes determine is filled in."""
     total_images: int = 16_000
     """Length of the training of each prior in images."""
@@ -187,7 +188,7 @@ class SmallPriors:
 
 
 @torch.no_grad()
-def _nats_per_code(model: PixelCNN, codes: Codes, level: int, device: torch.device) -> float:
+def _nats_per_code(model: Prior, codes: Codes, level: int, device: torch.device) -> float:
     """Mean negative log-likelihood of a level's codes, each image once."""
     total, count = 0.0, len(codes[level])
     for rows in _rows(count):
@@ -195,10 +196,8 @@ def _nats_per_code(model: PixelCNN, codes: Codes, level: int, device: torch.devi
     return total / count
 
 
-def _inputs(
-    model: PixelCNN, codes: Codes, level: int, rows: np.ndarray, device: torch.device
-) -> dict:
-    """What PixelCNN.forward takes."""
+def _inputs(model: Prior, codes: Codes, level: int, rows: np.ndarray, device: torch.device) -> dict:
+    """What Prior.forward takes."""
     given = range(len(model.config.coarser_codebook_sizes))
     return {
         "codes": _batch(codes[level], rows, device),
@@ -224,12 +223,13 @@ def train_prior(
     torch.manual_seed(seed)
     model_config = dataclasses.replace(
         config.model,
+        grid=train[level].shape[1:],
         codebook_size=codebook_sizes[level],
         coarser_codebook_sizes=tuple(codebook_sizes[:level]) if conditional else (),
         num_classes=0,
         num_attributes=0,
     )
-    model = PixelCNN(model_config).to(device)
+    model = make_prior(model_config).to(device)
     average = WeightAverage(model, config.average_halflife)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     order = batches(len(train[level]), config.batch_size, 0, 1, 0, seed)

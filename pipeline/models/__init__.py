@@ -1,7 +1,8 @@
 """Networks: no training code, no files. MODELS is the one place that names them."""
 
 from pipeline.models.classifier import Classifier, ClassifierConfig
-from pipeline.models.pixelcnn import PixelCNN, PixelCNNConfig
+from pipeline.models.priors import make_prior
+from pipeline.models.priors.prior import PriorConfig
 from pipeline.models.vae.vae import VAE, VAEConfig
 from pipeline.models.vqvae import VQVAE, VQVAEConfig
 
@@ -9,5 +10,5 @@ MODELS = {
     "classifier": (ClassifierConfig, Classifier),
     "vae": (VAEConfig, VAE),
     "vqvae": (VQVAEConfig, VQVAE),
-    "pixelcnn": (PixelCNNConfig, PixelCNN),
+    "prior": (PriorConfig, make_prior),
 }

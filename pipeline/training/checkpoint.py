@@ -34,6 +34,7 @@ CHANGEABLE = frozenset(
     {"out", "data", "codes", "total_images", "workers", "cache", "dry_run"}
     | {"log_every", "validate_every", "save_every", "compare_every"}
     | {"accumulation", "compile", "max_skipped_steps", "learning_rate"}
+    | {"patience", "checkpoint_activations"}
 )
 
 

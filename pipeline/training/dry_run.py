@@ -9,6 +9,14 @@ import torch
 from torch import nn
 
 
+def peak_memory_gib() -> float:
+    """The most memory that tensors on the GPU, or without one the process, have taken so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 def report_dry_run(
     step: Callable[[], object],
     model: nn.Module,
@@ -29,10 +37,6 @@ def report_dry_run(
         step()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     seconds = (time.perf_counter() - start) / 10
     rate = batch_size / seconds
     # a checkpoint holds the weights, their average and Adam's two moments
@@ -41,7 +45,7 @@ def report_dry_run(
     saves = 2 + (total_images // save_every if save_every else 0)
     if accelerator.is_main_process:
         print(f"parameters      {parameters:,}")
-        print(f"memory          {memory / 2**30:.2f} GiB at the peak of one process")
+        print(f"memory          {peak_memory_gib():.2f} GiB at the peak of one process")
         print(f"disk            {saves * 4 * state / 2**30:.2f} GiB in {saves} checkpoints")
         print(f"speed           {rate:.1f} images/s on {accelerator.num_processes} process(es)")
         print(f"time to the end {total_images / rate / 3600:.2f} h for {total_images:,} images")

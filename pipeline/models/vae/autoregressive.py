@@ -4,17 +4,20 @@
 
 PixelVAE (Gulrajani et al. 2017) and the variational lossy autoencoder (Chen et al. 2017). With few
 layers and small kernels the context is local: what a pixel has in common with distant ones can
-only come through z, so the latent stays in use. The masked layers are the prior's, see
-pipeline.models.pixelcnn: positions of equal t = j + slope·i are sampled together.
+only come through z, so the latent stays in use. The masked layers, and the fronts of positions that
+are drawn together, are those of the priors (pipeline/models/priors).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import nn
 
-from pipeline.models.pixelcnn import GatedLayer, LeftwardConv, UpwardConv
+from pipeline.models.priors.causal import CausalConv, See, above, left, whole
+from pipeline.models.priors.fronts import FrontCaches, fronts
+from pipeline.models.priors.pixelcnn import GatedLayer
 from pipeline.models.vae.likelihoods import Likelihood, full_precision
 
 
@@ -72,16 +75,13 @@ class AutoregressiveLikelihood(Likelihood):
         self.name, self.support = f"autoregressive {base.name}", base.support
         width, kernel = config.channels, config.kernel_size
         # one channel more, 1 where a pixel is known: hidden or outside the image is not grey
-        self.first_up = UpwardConv(base.channels + 1, width, kernel)
-        self.first_left = LeftwardConv(base.channels + 1, width, kernel, strict=True)
+        self.first_up = CausalConv(base.channels + 1, width, above(kernel))
+        self.first_left = CausalConv(base.channels + 1, width, left(kernel, strict=True))
         self.layers = nn.ModuleList(
             GatedLayer(width, kernel, dropout=0.0) for _ in range(config.layers)
         )
         self.head = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(width, width, 1),
-            nn.ReLU(),
-            nn.Conv2d(width, base.num_outputs, 1),
+            nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, base.num_outputs)
         )
 
     def base_outputs(
@@ -95,12 +95,21 @@ class AutoregressiveLikelihood(Likelihood):
             known: (N, 1, H, W) of 0 and 1; where it is 0, x is hidden from the context.
         """
         dtype = self.first_up.weight.dtype
-        pixels = torch.cat([(2 * x - 1) * known, known], 1).to(dtype)
-        features = features.to(dtype)
-        v = self.first_up(pixels)
-        h = v + self.first_left(pixels)
+        pixels = rearrange(self._pixels(x, known), "n c h w -> n h w c").to(dtype)
+        features = rearrange(features, "n c h w -> n h w c").to(dtype)
+        return rearrange(self._body(pixels, features, whole), "n h w c -> n c h w")
+
+    @staticmethod
+    def _pixels(x: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """What the masked layers see of pixels (N, C, ...): (N, C + 1, ...)."""
+        return torch.cat([(2 * x - 1) * known, known], 1)
+
+    def _body(self, pixels: torch.Tensor | None, features: torch.Tensor, see: See) -> torch.Tensor:
+        """(..., C + 1), None at a front, and (..., config.channels) -> (..., base.num_outputs)."""
+        v = see(self.first_up, pixels)
+        h = v + see(self.first_left, pixels)
         for layer in self.layers:
-            v, h = layer(v, h, features)
+            v, h = layer(v, h, features, see)
         return self.head(h)
 
     def log_prob(self, outputs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -134,20 +143,13 @@ class AutoregressiveLikelihood(Likelihood):
         """Front by front, each pixel drawn from `base` given those before; nothing is hidden."""
         *leading, _, height, width = outputs.shape
         features = full_precision(outputs).reshape(-1, *outputs.shape[-3:])
-        x = features.new_zeros(len(features), self.channels, height, width)
-        known = torch.ones_like(x[:, :1])
-        for rows, columns in fronts(height, width, self.config.slope):
-            # only the rows that the front sees; those below it do not matter yet
-            start, end = max(0, int(rows[0]) - self.config.reach), int(rows[-1]) + 1
-            band = (each[:, :, start:end] for each in (features, x, known))
-            front = self.base_outputs(*band)[:, :, rows - start, columns]
-            x[:, :, rows, columns] = draw(front.unsqueeze(-1)).squeeze(-1).to(x.dtype)
+        features = rearrange(features, "n c h w -> n (h w) c")
+        x = features.new_zeros(len(features), self.channels, height * width)
+        see = FrontCaches((height, width), self.config.slope, len(features), features)
+        for positions in fronts((height, width), self.config.slope):
+            see.begin(positions.to(x.device))
+            front = rearrange(self._body(None, features[:, positions], see), "n p c -> n c p")
+            x[:, :, positions] = draw(front.unsqueeze(-1)).squeeze(-1).to(x.dtype)
+            pixels = self._pixels(x[:, :, positions], torch.ones_like(x[:, :1, positions]))
+            see.end(rearrange(pixels, "n c p -> n p c"))
         return x.reshape(*leading, self.channels, height, width)
-
-
-def fronts(height: int, width: int, slope: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows and columns of the positions with equal t = j + slope·i, in the order of t."""
-    for t in range(width + slope * (height - 1)):
-        rows = torch.arange(max(0, -(-(t - width + 1) // slope)), min(height - 1, t // slope) + 1)
-        if len(rows):  # narrow images have empty fronts
-            yield rows, t - slope * rows

@@ -1,0 +1,273 @@
+"""Sampling as a command: what it writes, goes on with, keeps of given codes, and refuses."""
+
+import dataclasses
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_stage
+from PIL import Image
+from test_image_model import ATTRIBUTES, save_run
+
+from pipeline import sample_prior, stage
+from pipeline.data.codes import open_codes
+from pipeline.data.images import open_images
+from pipeline.data.index import read_index, write_index
+from pipeline.evaluation.pictures import to_uint8
+from pipeline.evaluation.sets import SampleFiles
+from pipeline.image_model import load_model
+from pipeline.models.classifier import Classifier, ClassifierConfig
+from pipeline.sample_prior import SamplePrior, main
+from pipeline.training.checkpoint import load_model as load_one
+from pipeline.training.checkpoint import save_model
+
+SIZE = 32
+TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A run tree with random weights: VQ-VAE, two priors, selector and judge; and six samples."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("run")
+    save_run(root, size=SIZE)
+    for half, name in enumerate(("selector", "judge")):
+        config = ClassifierConfig(
+            num_outputs=2, channels=8, kind="attributes", names=tuple(ATTRIBUTES)
+        )
+        about = {"half": half, "recipe": "r"}
+        save_model(root / name, "classifier", Classifier(config), about)
+    main(config_of(root, root / "samples"))
+    return root
+
+
+def config_of(tree, out, **changes) -> SamplePrior:
+    options = {"checkpoint": tree / "vqvae", "num_images": 6, "columns": 3, **changes}
+    return SamplePrior(out=out, **options)
+
+
+def pixels(directory) -> np.ndarray:
+    return np.stack([np.array(Image.open(p)) for p in sorted((directory / "images").iterdir())])
+
+
+def names(directory) -> list[str]:
+    return sorted(path.name for path in (directory / "images").iterdir())
+
+
+def levels(directory) -> list[np.ndarray]:
+    return open_codes(directory / "shards", "train").levels
+
+
+def test_images_codes_and_grid_belong_together(tree):
+    out = tree / "samples"
+    model = load_model(tree, device="cpu")
+    expected = to_uint8(model.sample(6))
+    assert np.array_equal(pixels(out), expected)
+    assert names(out) == [f"{number:06d}.png" for number in range(6)]
+    codes = [torch.from_numpy(level.astype(np.int64)) for level in levels(out)]
+    assert np.array_equal(to_uint8(model.decode(codes)), expected)
+    with Image.open(out / "samples.png") as grid:
+        assert grid.size == (2 * (3 * (SIZE + 2) + 2), 2 * (2 * (SIZE + 2) + 2))
+    assert SampleFiles(out, SIZE, 3)[np.array([4])].shape == (1, SIZE, SIZE, 3)
+    note = json.loads((out / "samples.json").read_text())
+    assert note["images_per_sec"] > 0 and note["vqvae_sha256"] == model.sha256
+    assert read_index(out / "shards").codes["checkpoint_sha256"] == model.sha256
+
+
+def test_a_stopped_run_goes_on_where_it_was(tree, tmp_path, monkeypatch):
+    config = config_of(tree, tmp_path, batch_size=2)
+    drawn, save_part, decoded = [], sample_prior.save_part, sample_prior.decoded
+
+    def stop_after_two(folder, arrays):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(arrays["numbers"].tolist())
+        save_part(folder, arrays)
+
+    def stop_in_the_tar(*arguments):
+        yield next(decoded(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample_prior, "save_part", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        main(config)
+    monkeypatch.setattr(sample_prior, "save_part", save_part)
+    monkeypatch.setattr(sample_prior, "decoded", stop_in_the_tar)
+    with pytest.raises(KeyboardInterrupt):
+        main(config)
+    assert not (tmp_path / "shards" / "index.json").exists()
+    monkeypatch.setattr(sample_prior, "decoded", decoded)
+    # what is there is not drawn again; batches of another size make no difference
+    monkeypatch.setattr(sample_prior, "save_part", None)
+    main(dataclasses.replace(config, batch_size=4))
+    assert np.array_equal(pixels(tmp_path), pixels(tree / "samples"))
+    assert all(map(np.array_equal, levels(tmp_path), levels(tree / "samples")))
+
+
+def test_what_is_lost_comes_back_and_what_is_there_stays(tree, tmp_path):
+    shutil.copytree(tree / "samples", tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / "samples.json").read_text()
+    config = config_of(tree, tmp_path)
+    main(config)  # nothing to do
+    assert (tmp_path / "samples.json").read_text() == before
+    (tmp_path / "images" / "000002.png").unlink()
+    (tmp_path / "samples.png").unlink()
+    shutil.rmtree(tmp_path / "drawn")
+    main(config)
+    assert np.array_equal(pixels(tmp_path), pixels(tree / "samples"))
+    assert (tmp_path / "samples.png").is_file()
+    for change in ({"seed": 1}, {"num_images": 4}, {"label": "cat"}, {"temperature": 0.5}):
+        with pytest.raises(stage.UserError, match="made otherwise"):
+            main(dataclasses.replace(config, **change))
+    shutil.rmtree(tmp_path)  # after which nothing is remembered
+    main(dataclasses.replace(config, seed=1))
+    expected = load_model(tree, device="cpu").sample(6, seed=1)
+    assert np.array_equal(pixels(tmp_path), to_uint8(expected))
+
+
+def test_tars_are_shards_of_images_and_of_codes(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_prior, "SHARD_SIZE", 4)
+    asked = {"attributes": "Smiling=1,Eyeglasses=0", "label": "owl"}
+    main(config_of(tree, tmp_path / "tar", format="tar", batch_size=3, **asked))
+    main(config_of(tree, tmp_path / "png", **asked))
+    shards = tmp_path / "tar" / "shards"
+    assert sorted(path.name for path in shards.glob("*.tar")) == [
+        "train-00000.tar", "train-00001.tar"
+    ]  # fmt: skip
+    assert not (tmp_path / "tar" / "images").exists()
+    images, codes = open_images(shards, "train", SIZE, cache=False), open_codes(shards, "train")
+    assert np.array_equal(images[:], pixels(tmp_path / "png"))
+    assert all(map(np.array_equal, codes.levels, levels(tmp_path / "png")))
+    assert [key.decode() for key in images.keys] == [f"{number:06d}" for number in range(6)]
+    assert (images.attributes == [1, -1]).all() and (images.labels == 2).all()
+    assert not np.array_equal(pixels(tmp_path / "png"), pixels(tree / "samples"))
+
+
+def test_rejection_keeps_those_that_the_selector_ranks_first(tree, tmp_path):
+    """Against the ranking of all candidates, with one process and with two."""
+    asked = {"attributes": "Smiling=1"}
+    main(config_of(tree, tmp_path / "all", num_images=15, **asked))
+    candidates = pixels(tmp_path / "all")
+    selector = load_one(tree / "selector", "classifier")
+    with torch.no_grad():
+        images = torch.from_numpy(candidates).permute(0, 3, 1, 2).float() / 255
+        scores = torch.nn.functional.logsigmoid(selector(images)[:, 0])
+    best = sorted(scores.argsort(descending=True)[:6].tolist())
+    rejecting = {**asked, "selector": tree / "selector", "acceptance": 0.4, "batch_size": 4}
+    main(config_of(tree, tmp_path / "one", **rejecting))
+    assert names(tmp_path / "one") == [f"{number:06d}.png" for number in best]
+    assert np.array_equal(pixels(tmp_path / "one"), candidates[best])
+    assert json.loads((tmp_path / "one" / "samples.json").read_text())["accepted"] == best
+    accepted = [level[best] for level in levels(tmp_path / "all")]
+    assert all(map(np.array_equal, levels(tmp_path / "one"), accepted))
+
+    flags = [f"--{name}={value}" for name, value in rejecting.items()]
+    run_stage(
+        "sample_prior.py", "--checkpoint", tree / "vqvae", "--num_images=6", "--columns=3", *flags,
+        "--out", tmp_path / "two", launcher=TWO_RANKS,
+    )  # fmt: skip
+    for file in ("shards/index.json", *(f"images/{name}" for name in names(tmp_path / "one"))):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    parts = [np.load(path)["numbers"] for path in (tmp_path / "two" / "drawn").glob("*.npz")]
+    # both drew, and each candidate once
+    assert sorted(np.concatenate(parts).tolist()) == list(range(15)) and len(parts) == 4
+    assert {tuple(part % 2) for part in parts} == {(0,) * 4, (1,) * 4, (1,) * 3}
+
+
+def test_given_codes_stay_where_the_image_does(tree, tmp_path):
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[3:30, 9:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    mine, given = tree / "samples" / "shards", levels(tree / "samples")
+    options = {
+        "top": {"keep_levels": 1},
+        "rows": {"keep_rows": 0.75},
+        "mask": {"mask": tmp_path / "mask.png"},
+        "resampled": {"mask": tmp_path / "mask.png", "resample": 3, "keep_levels": 1},
+    }
+    stays = {"top": np.zeros((SIZE, SIZE)), "rows": np.arange(SIZE)[:, None] < 24 + 0 * mask,
+             "mask": mask > 0, "resampled": mask > 0}  # fmt: skip
+    found = {}
+    for name, keeps in options.items():
+        main(config_of(tree, tmp_path / name, codes=mine, seed=5, **keeps))
+        found[name] = levels(tmp_path / name)
+        for level, codes in enumerate(found[name]):
+            side, fixed = SIZE // codes.shape[1], level < keeps.get("keep_levels", 0)
+            changed = {"not": 0, "partly": 0, "whole": 0}
+            for i, j in np.ndindex(codes.shape[1:]):
+                place = stays[name][i * side : (i + 1) * side, j * side : (j + 1) * side]
+                kind = "whole" if place.all() or fixed else "partly" if place.any() else "not"
+                changed[kind] += (codes[:, i, j] != given[level][:, i, j]).sum()
+            assert changed["whole"] == 0 and (changed["not"] > 0) == (not fixed)
+            assert (changed["partly"] > 0) == ("mask" in keeps and not fixed)
+    assert not np.array_equal(found["mask"][1], found["resampled"][1])
+    top = load_model(tree, device="cpu")
+    assert np.array_equal(
+        pixels(tmp_path / "top"),
+        to_uint8(top.decode([torch.from_numpy(c.astype(np.int64)) for c in found["top"]])),
+    )
+
+
+def test_user_errors_leave_nothing_behind(tree, tmp_path, monkeypatch):
+    mine = tree / "samples" / "shards"
+    Image.new("L", (SIZE, SIZE - 1)).save(tmp_path / "small.png")
+    Image.new("L", (SIZE, SIZE), 255).save(tmp_path / "white.png")
+    Image.new("L", (SIZE, SIZE)).save(tmp_path / "black.png")
+    (tmp_path / "text.png").write_text("no picture")
+    shutil.copytree(mine, tmp_path / "foreign")
+    index = read_index(mine)
+    origin = {**index.codes, "checkpoint_sha256": "0" * 64}
+    write_index(tmp_path / "foreign", dataclasses.replace(index, codes=origin))
+    smiling = {"attributes": "Smiling=1", "acceptance": 0.5}
+    for number, (changes, message) in enumerate([
+        ({"codes": tmp_path / "foreign", "keep_levels": 1}, "codes of another checkpoint"),
+        ({"codes": mine, "keep_levels": 1, "num_images": 7}, "codes of 6 images in split train, 7"),
+        ({"codes": mine, "keep_levels": 1, "split": "test"}, "no split 'test'"),
+        ({"codes": tmp_path, "keep_levels": 1}, "index.json is missing"),
+        ({"codes": mine, "keep_levels": 2}, "all codes of all 2 levels stay"),
+        ({"codes": mine, "mask": tmp_path / "white.png"}, "all codes of all 2 levels stay"),
+        ({"codes": mine, "mask": tmp_path / "black.png"}, "no code's whole place stays"),
+        ({"codes": mine, "mask": tmp_path / "small.png"}, "32x31 pixels, needed 32x32"),
+        ({"codes": mine, "mask": tmp_path / "text.png"}, "does not fit"),
+        ({"codes": mine, "mask": tmp_path / "absent.png"}, "does not fit"),
+        ({"attributes": "Smilin=1"}, "unknown attribute Smilin; known: Smiling"),
+        ({"label": "cow"}, "unknown class cow"),
+        ({"temperature": (1.0, 1.0, 1.0)}, "temperature needs one value"),
+        ({"checkpoint": tmp_path}, "holds no trained model"),
+        ({"priors": [tree / "prior-level0"]}, "needs 2 directories"),
+        ({"selector": tree / "judge", **smiling}, "judge's half"),
+        ({"num_images": 10**12}, "images need about .* GiB left; ask for fewer"),
+    ]):  # fmt: skip
+        out = tmp_path / f"out{number}"
+        with pytest.raises(stage.UserError, match=message) as caught:
+            main(config_of(tree, out, **changes))
+        assert "\n" not in str(caught.value) and not out.exists(), message
+    # the disk is asked before anything else is done, and what is there is counted
+    usage = namedtuple("usage", "total used free")
+    raw = 6 * (3 * SIZE**2 + 2 * (4 * 4 + 8 * 8))
+    monkeypatch.setattr(sample_prior.shutil, "disk_usage", lambda _: usage(0, 0, raw - 1))
+    with pytest.raises(stage.UserError, match=r"left; ask for fewer images, or .* --out"):
+        main(config_of(tree, tmp_path / "full"))
+    main(config_of(tree, tree / "samples"))
+
+
+def test_options_that_contradict_each_other_are_refused():
+    for changes, message in (
+        ({"keep_levels": 1}, "go together"),
+        ({"codes": "c"}, "go together"),
+        ({"resample": 2}, "resample is for given codes"),
+        ({"codes": "c", "keep_rows": 1.0}, r"keep_rows must be in \[0, 1\)"),
+        ({"codes": "c", "keep_levels": -1}, "keep_levels"),
+        ({"acceptance": 0.5}, "go together"),
+        ({"selector": "s"}, "go together"),
+        ({"selector": "s", "acceptance": 0.5}, "attributes or a label to judge by"),
+        ({"acceptance": 0.0}, r"acceptance must be in \(0, 1\]"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"temperature": -1.0}, "temperature"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config_of(Path("t"), Path("o"), **changes)
