@@ -37,7 +37,7 @@ def _slope(narrow: PriorConfig) -> int:
     nothing to the convolutions' (j' + i' < j + i is within every slope), or that of raster order.
     """
     start = narrow.grid[1] if narrow.order == "raster" else 1
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False):
         torch.manual_seed(0)
         twin = PRIORS[narrow.architecture](narrow, start).double().eval()
         inputs = torch.randn(4, *narrow.grid, narrow.channels, dtype=torch.float64)

@@ -47,6 +47,6 @@ def gumbel_noise(keys: torch.Tensor, positions: torch.Tensor, codebook_size: int
     codes = torch.arange(codebook_size, device=keys.device)
     counters = positions[:, None] * codebook_size + codes
     bits = mix(mix(keys)[:, None, None] + (counters + 1) * _GOLDEN)
-    # 53 bits, at the middle of their interval: never 0 or 1
-    uniform = (_shifted(bits, 11).double() + 0.5) * 2.0**-53
+    # 52 bits, at the middle of their interval: never 0 or 1
+    uniform = (_shifted(bits, 12).double() + 0.5) * 2.0**-52
     return -(-uniform.log()).log().float()

@@ -135,7 +135,8 @@ class Sampled(NamedTuple):
     codes: torch.Tensor
     """(B, H, W) int64."""
     given_log_prob: torch.Tensor
-    """(B,) nats: log-probability of the given codes, each given all that comes before it."""
+    """(B,) nats: log-probability of the given codes, each given all that comes before it, with
+    temperature and guidance, but nothing left out by top-k or top-p."""
 
 
 @torch.no_grad()

@@ -1,0 +1,429 @@
+"""Studies of the priors: how far they generalise, what their order costs, what they draw.
+
+    python benchmarks/prior_studies.py --study overfitting --run runs/celeba64 \\
+        --out runs/bench/priors --json docs/benchmarks/prior_overfitting.json
+    python benchmarks/prior_studies.py --study order ...
+    python benchmarks/prior_studies.py --study temperature ...
+    python benchmarks/prior_studies.py --study attributes --guidance 1 2 ...
+    python benchmarks/prior_studies.py ... --total_images 640 --num_samples 64      a quick look
+
+    overfitting  nats per code of the priors of configs/celeba64 with one thing left out: dropout,
+                 flips, the attributes (the coarser codes stay)
+    order        kinds of prior of as many parameters (within 2 %), and their orders: nats, speed of
+                 training, images/s of that level alone where caches can sample it
+    temperature  Fréchet distance of samples on the judge's features, as a table and a chart
+    attributes   accuracy, by the judge, of samples asked for an attribute
+
+The first two train on <run>/codes with pipeline/train_prior.py; runs are kept in --out, which both
+may share. `train` is of as many training images as the validation split has, `gap` validation minus
+train, at the best validation (`best_at` images); `end_` is at the end of the run.
+
+The others draw --num_samples images a row from --priors, those of the run tree if not given, and
+keep figures and a picture of each set in --out.
+
+temperature: `ratio` is (samples - floor) / (reconstructions - floor), without a value where the
+reconstructions lie no farther than the floor. They may, being of the very images that all sets are
+compared with; `ratio_floor` takes reconstructions of the floor's own images instead.
+
+attributes, for the ten nearest to half yes, half no, with standard errors over images (`_se`):
+    real   validation images
+    alone  samples asked for this attribute, every other one for its absence; the rest left open
+    all    samples asked for all attributes of a validation image
+    wrong  the same held against the attributes of another image; must fall to `base`, how often
+           answers and attributes agree that have nothing to do with each other
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from measure import ROOT, print_table, refuse, write_json
+from sampling import Sampler
+from vae_studies import run
+
+from pipeline import image_model, stage
+from pipeline.compare import kept
+from pipeline.data.images import ImageSet, open_images
+from pipeline.evaluation import extractors, fidelity, pictures
+from pipeline.evaluation.information import mean_with_error
+from pipeline.evaluation.judge import half_of
+from pipeline.evaluation.sets import Reconstructions, batches_of, choose
+from pipeline.models.priors.noise import image_keys
+from pipeline.models.priors.prior import Prior
+from pipeline.models.priors.sampling import Draw, sample_codes
+from pipeline.train_prior import TrainPrior
+from pipeline.training.checkpoint import load_model, read_about
+from pipeline.training.tracking import progress_bar
+
+CONFIGS = ROOT / "configs" / "celeba64"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RUNS = {  # row: config of both levels, and what it changes: a value, or one per level
+    "overfitting": {
+        "as configured": ("train_prior", {}),
+        "without dropout": ("train_prior", {"model.dropout": 0.0}),
+        "without flips": ("train_prior", {"flips": "false"}),
+        "without conditioning": ("train_prior", {"condition": "none"}),
+    },
+    "order": {
+        "gated PixelCNN, wavefront": ("train_prior", {}),
+        "gated PixelCNN, raster": (
+            "train_prior", {"model.order": "raster", "model.channels": (85, 86)},
+        ),
+        "PixelSNAIL, wavefront": ("train_prior_pixelsnail", {}),
+        "PixelSNAIL, raster": ("train_prior_pixelsnail", {"model.order": "raster"}),
+        "transformer": ("train_prior_transformer", {}),
+    },
+}  # fmt: skip
+TEMPERATURES = (0.7, 0.8, 0.9, 0.95, 1.0, 1.1)
+NUM_ATTRIBUTES = 10
+BATCH_SIZE = 64  # of the samples
+TIMED_BATCH, TURNS = 16, 5
+
+Rows = Iterator[dict[str, Any]]
+
+
+# Runs of train_prior.py.
+
+
+def settings(study: str, name: str, level: int) -> tuple[Path, dict[str, Any]]:
+    """The config of a row at a level, and its changes there."""
+    config, changes = RUNS[study][name]
+    at_level = {k: v[level] if isinstance(v, tuple) else v for k, v in changes.items()}
+    return CONFIGS / f"{config}_level{level}.yaml", at_level
+
+
+def train(options: argparse.Namespace, config: Path, changes: dict[str, Any], level: int) -> Path:
+    """The directory of a run, which goes on where it is not as long yet as asked for."""
+    out = options.out / "-".join([config.stem, *(f"{k}={v}" for k, v in changes.items())])
+    flags = {"config": config, "codes": options.run / "codes", "level": level, "out": out}
+    if options.total_images is not None:
+        flags["total_images"] = options.total_images
+    flags |= changes
+    asked = stage.parse(TrainPrior, [f"--{k}={v}" for k, v in flags.items()])
+    if images_seen(out) < asked.total_images:
+        run("train_prior.py", **flags)
+    return out
+
+
+def images_seen(out: Path) -> int:
+    """Of a run that has ended; 0 before."""
+    path, status = out / "status.json", {}
+    if path.is_file():
+        status = json.loads(path.read_text())
+    return status["images_seen"] if status.get("state") == "done" else 0
+
+
+def figures(out: Path) -> dict[str, float]:
+    """Nats per code of a run, at its best and at its end, and how fast it was trained."""
+    best, speed = read_about(out), "throughput/codes_per_sec"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    end = [line for line in lines if "prior/gap_nats_per_code" in line][-1]
+    return {
+        "images_seen": images_seen(out),
+        "train": best["train_sample_nats_per_code"],
+        "validation": best["validation_nats_per_code"],
+        "gap": best["gap_nats_per_code"],
+        "best_at": best["images_seen"],
+        "end_validation": end["prior/validation_nats_per_code"],
+        "end_gap": end["prior/gap_nats_per_code"],
+        "train_codes_per_sec": statistics.median(line[speed] for line in lines if speed in line),
+    }
+
+
+def trained_rows(options: argparse.Namespace) -> Rows:
+    """Those of the studies in RUNS."""
+    for level in options.levels:
+        rows, priors, grids = {}, {}, []
+        for name in RUNS[options.study]:
+            out = train(options, *settings(options.study, name, level), level)
+            priors[name] = load_model(out, "prior").requires_grad_(False).to(DEVICE)
+            parameters = sum(weight.numel() for weight in priors[name].parameters())
+            rows[name] = {"contender": name, "case": f"level {level}", "parameters": parameters}
+            rows[name] |= figures(out)
+            grids = read_about(out)["codes"]["grids"][:level]
+        if options.study == "order":
+            for name, speed in sampling_speeds(priors, grids).items():
+                rows[name]["images_per_sec"] = speed
+        yield from rows.values()
+
+
+def sampling_speeds(priors: Mapping[str, Prior], coarser_grids: list) -> dict[str, float]:
+    """Images/s of the level alone, in turns, given random coarser codes and attributes; of the
+    priors that caches can sample."""
+    batch, samplers = TIMED_BATCH, {}
+    for name, prior in priors.items():
+        sizes = zip(prior.config.coarser_codebook_sizes, coarser_grids, strict=True)
+        coarser = [torch.randint(k, (batch, *grid), device=DEVICE) for k, grid in sizes]
+        attributes = torch.randint(2, (batch, prior.config.num_attributes), device=DEVICE) * 2 - 1
+        condition = prior.condition(batch, coarser, None, attributes)
+        keys = image_keys(0, torch.arange(batch, device=DEVICE), level=0)
+        samplers[name] = Sampler("wavefront", prior, condition, keys)
+        network, order = samplers[name].network()
+        try:
+            network.logits(order[0])
+        except ValueError:  # a classic gated PixelCNN has no fronts
+            del samplers[name]
+    turns = [{name: s.whole_ms() for name, s in samplers.items()} for _ in range(TURNS + 1)][1:]
+    return {n: 1e3 * batch / statistics.median(turn[n] for turn in turns) for n in samplers}
+
+
+# Samples, and what they are measured by.
+
+
+class Material:
+    """Images and models; of the images as many as each set has."""
+
+    def __init__(self, options: argparse.Namespace):
+        shards, judge = options.run / "shards", options.judge or options.run / "classifier-judge"
+        self.model = image_model.load_model(options.run, priors=options.priors)
+        self.device, size = self.model.device, self.model.image_size
+        self.real, self.train = (open_images(shards, split, size) for split in ("valid", "train"))
+        extractors.check_recipe(self.real.recipe.hash, size, shards, options.run / "vqvae", judge)
+        self.judge = load_model(judge, "classifier").to(self.device)
+        self.extractor = extractors.judge_extractor(judge, self.device)
+        unseen = np.flatnonzero(half_of(self.train.keys) != read_about(judge)["half"])
+        self.out, self.count = options.out, options.num_samples
+        if not fidelity.MIN_IMAGES <= self.count <= min(len(self.real), len(unseen)):
+            refuse(
+                f"--num_samples {self.count} does not fit: there are {len(self.real)} validation "
+                f"images, and {len(unseen)} training images that the judge has not seen"
+            )
+        self.chosen = choose(self.count, np.arange(len(self.real)), 0)
+        self.floor = choose(self.count, unseen, 0)
+        self.key = {
+            "num_images": self.count,
+            "data_index_sha256": self.real.index.sha256,
+            "vqvae": self.model.sha256,
+            "priors": [self.model.prior(level).sha256 for level in range(len(self.model.grids))],
+            "judge": self.extractor.sha256,
+        }
+
+    def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The figures of a set of images, which are measured where they are not there yet."""
+        return kept(self.out / f"{name}.json", {**self.key, "set": name}, measure)
+
+    def reconstructions(self, images: ImageSet, indices: np.ndarray) -> np.ndarray:
+        return np.concatenate(list(Reconstructions(self.model.vqvae, images, indices, self.device)))
+
+    @torch.no_grad()
+    def draw(self, name: str, how: Draw, attributes: np.ndarray) -> np.ndarray:
+        """Images (N, H, W, C) uint8, and the picture of the set. attributes (N, A) are -1, +1 or
+        0 = left open; the noise of image n is the same whatever is asked for."""
+        model, images = self.model, []
+        with progress_bar(len(attributes), name) as bar:
+            for numbers in torch.arange(len(attributes)).split(BATCH_SIZE):
+                wanted = torch.from_numpy(attributes)[numbers].float().to(self.device)
+                codes = []
+                for level in range(len(model.grids)):
+                    prior = model.prior(level).model
+                    keys = image_keys(0, numbers.to(self.device), level)
+                    given = prior.condition(len(wanted), codes, None, wanted)
+                    without = prior.condition(len(wanted), codes)
+                    drawn = sample_codes(prior, given, keys, how, unconditional=without)
+                    codes.append(drawn.codes)
+                images.append(pictures.to_uint8(model.decode(codes)))
+                bar.update(len(wanted))
+        found = np.concatenate(images)
+        pictures.save_png(pictures.grid(found[:64], columns=8), self.out / f"{name}.png")
+        return found
+
+
+# The study of the temperature.
+
+
+def ratio(samples: float, reconstructions: float, floor: float) -> float | None:
+    """How many times as far above the floor samples lie; None where that says nothing."""
+    above = reconstructions - floor
+    return (samples - floor) / above if above > 0 else None
+
+
+def temperature_rows(options: argparse.Namespace) -> Rows:
+    m = Material(options)
+    nothing = np.zeros((m.count, len(m.model.attribute_names)), np.int8)
+    sets = {
+        "floor": partial(m.train.__getitem__, m.floor),
+        "reconstructions": partial(m.reconstructions, m.real, m.chosen),
+        "reconstructions of the floor": partial(m.reconstructions, m.train, m.floor),
+    }
+    drawn = {f"temperature {value:g}": value for value in options.temperatures}
+    for name, value in drawn.items():
+        sets[name] = partial(m.draw, name, Draw(temperature=value), nothing)
+
+    def features(name: str, images: np.ndarray) -> dict[str, torch.Tensor]:
+        batches = batches_of(images, np.arange(m.count))
+        return fidelity.extract([m.extractor], batches, m.count, name)[m.extractor.name]
+
+    @functools.cache
+    def real_features() -> dict[str, torch.Tensor]:
+        return features("real", m.real[m.chosen])
+
+    def measure(name: str) -> dict[str, Any]:
+        scores = fidelity.scores(features(name, sets[name]()), real_features())
+        return {metric: score._asdict() for metric, score in scores.items()}
+
+    frechet = {}
+    for name in sets:
+        scores = m.kept(name, partial(measure, name))
+        frechet[name] = scores["frechet"]["value"]
+        row = {"contender": name, "case": f"{m.count} images"}
+        row |= {metric: score["value"] for metric, score in scores.items()}
+        row["frechet_low"], row["frechet_high"] = scores["frechet"]["interval"]
+        if name in drawn:
+            row["temperature"] = drawn[name]
+            for column, of in (("ratio", ""), ("ratio_floor", " of the floor")):
+                reached = frechet[f"reconstructions{of}"]
+                row[column] = ratio(frechet[name], reached, frechet["floor"])
+        yield row
+
+
+def draw_chart(rows: list[dict], path: Path) -> None:
+    """Fréchet distance over temperature, with floor and reconstructions as lines."""
+    figure = Figure((7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    points = [row for row in rows if "temperature" in row]
+    x, y = [row["temperature"] for row in points], [row["frechet"] for row in points]
+    error = [row["frechet_high"] - row["frechet"] for row in points]
+    axes.errorbar(x, y, error, fmt="o-", capsize=3, label="samples")
+    for row, style in zip(rows[:3], ("-", "--", ":"), strict=True):
+        axes.axhline(row["frechet"], color="0.4", linestyle=style, label=row["contender"])
+    axes.set(xlabel="temperature", ylabel="Fréchet distance on the judge's features", ylim=0)
+    axes.set_title(points[0]["case"])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+# The study of the attributes.
+
+
+def most_balanced(attributes: np.ndarray, names: Sequence[str], usable: set[str]) -> list[str]:
+    """The usable attributes nearest to half yes, half no; attributes (N, A)."""
+    far = dict(zip(names, abs((attributes > 0).mean(0) - 0.5), strict=True))
+    return sorted((name for name in names if name in usable), key=far.__getitem__)[:NUM_ATTRIBUTES]
+
+
+def others(count: int, seed: int = 0) -> np.ndarray:
+    """(count,) int64: for each image another one, along one random cycle."""
+    order, partner = np.random.default_rng(seed).permutation(count), np.empty(count, np.int64)
+    partner[order] = np.roll(order, 1)
+    return partner
+
+
+def agreement(yes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """1 where the judge's yes (N, k) bool is what the attribute (N, k) says, else 0; NaN where that
+    is unknown."""
+    return np.where(wanted == 0, np.nan, yes == (wanted > 0))
+
+
+def base_rate(yes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """(k,): what the agreement of independent answers and attributes of these frequencies is."""
+    answered, true = yes.mean(0), (wanted > 0).sum(0) / (wanted != 0).sum(0)
+    return answered * true + (1 - answered) * (1 - true)
+
+
+def accuracy_rows(names: list[str], columns: dict[str, np.ndarray], base: np.ndarray) -> Rows:
+    """A row per attribute and one of their mean, from agreements (N, k). The mean's error is that
+    of the images' means, as the answers to one image go together."""
+    for i, name in enumerate([*names, "mean"]):
+        row = {"contender": name, "base": float(base[i] if i < len(names) else base.mean())}
+        for column, values in columns.items():
+            values = values[:, i] if i < len(names) else np.nanmean(values, axis=1)
+            known = torch.from_numpy(values[~np.isnan(values)])
+            row[column], row[f"{column}_se"] = mean_with_error(known)
+        yield row
+
+
+def attribute_rows(options: argparse.Namespace) -> Rows:
+    m = Material(options)
+    known, asked = list(m.real.index.attribute_names), m.model.attribute_names
+    judged = list(m.judge.config.names)
+    names = most_balanced(m.train.attributes, known, set(asked) & set(judged))
+    if not names:
+        refuse("no attribute is known to both the priors and the judge")
+    full = m.real.attributes[m.chosen][:, [known.index(name) for name in asked]]
+    wanted = full[:, [asked.index(name) for name in names]]
+    in_turn = np.where(np.arange(m.count) % 2 == 0, 1, -1)
+
+    @torch.no_grad()
+    def measure(make: Callable[[], np.ndarray]) -> dict[str, Any]:
+        batches = batches_of(make(), np.arange(m.count))
+        logits = torch.cat([m.judge(pictures.to_unit(batch, m.device)) for batch in batches])
+        return {name: {"yes": (logits[:, judged.index(name)] > 0).tolist()} for name in names}
+
+    def answers(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """The judge's yes (N, k) bool to the images of a set."""
+        found = m.kept(name, partial(measure, make))
+        return np.array([found[name]["yes"] for name in names]).T
+
+    real = answers("real", partial(m.real.__getitem__, m.chosen))
+    for guidance in options.guidance:
+        how, prefix = Draw(guidance=guidance), f"guidance {guidance:g}"
+        alone = np.empty(wanted.shape)
+        for i, name in enumerate(names):
+            one = np.zeros_like(full)
+            one[:, asked.index(name)] = in_turn
+            this = f"{prefix}, {name}"
+            alone[:, i] = agreement(answers(this, partial(m.draw, this, how, one))[:, i], in_turn)
+        found = answers(prefix, partial(m.draw, prefix, how, full))
+        columns = {
+            "real": agreement(real, wanted),
+            "alone": alone,
+            "all": agreement(found, wanted),
+            "wrong": agreement(found, wanted[others(m.count)]),
+        }
+        for row in accuracy_rows(names, columns, base_rate(found, wanted)):
+            yield {"case": f"{prefix}, {m.count} images", **row}
+
+
+STUDIES: dict[str, Callable[[argparse.Namespace], Rows]] = {
+    "overfitting": trained_rows,
+    "order": trained_rows,
+    "temperature": temperature_rows,
+    "attributes": attribute_rows,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--study", choices=STUDIES, required=True)
+    add("--run", type=Path, required=True, help="run tree, as run_all.py leaves it")
+    add("--out", type=Path, required=True, help="where runs, figures of sets and pictures go")
+    add("--json", type=Path, required=True, help="where the table goes")
+    add("--levels", type=int, nargs="+", choices=(0, 1), default=[0, 1], help="to train")
+    add("--total_images", type=int, help="length of a run, if not the config's")
+    add("--judge", type=Path, help="if not <run>/classifier-judge")
+    add("--priors", type=Path, nargs="+", help="coarse to fine, if not <run>/prior-level0 ...")
+    add("--num_samples", type=int, default=2_000, help="images in each set")
+    add("--temperatures", type=float, nargs="+", default=TEMPERATURES)
+    add("--guidance", type=float, nargs="+", default=[1.0], help="scales of the guidance")
+    options = parser.parse_args()
+    rows = []
+    try:
+        for row in STUDIES[options.study](options):
+            rows.append(row)
+            write_json(options.json, rows, DEVICE)
+    except stage.UserError as error:
+        refuse(str(error))
+    if options.study == "temperature":
+        draw_chart(rows, options.json.with_suffix(".png"))
+    for case in dict.fromkeys(row["case"] for row in rows):
+        print_table(case, [row for row in rows if row["case"] == case])
+
+
+if __name__ == "__main__":
+    main()
