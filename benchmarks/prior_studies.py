@@ -16,14 +16,13 @@
 
 The first two train on <run>/codes with pipeline/train_prior.py; runs are kept in --out, which both
 may share. `train` is of as many training images as the validation split has, `gap` validation minus
-train, at the best validation (`best_at` images); `end_` is at the end of the run.
+train, at the best validation (`best_at` images); `end_` is at the end of the run. The others draw
+--num_samples images a set from --priors, those of the run tree if not given, and keep figures and a
+picture of each set in --out; temperature also the images (.npy), for other tools.
 
-The others draw --num_samples images a row from --priors, those of the run tree if not given, and
-keep figures and a picture of each set in --out.
-
-temperature: `ratio` is (samples - floor) / (reconstructions - floor), without a value where the
-reconstructions lie no farther than the floor. They may, being of the very images that all sets are
-compared with; `ratio_floor` takes reconstructions of the floor's own images instead.
+temperature: `ratio` is (samples - floor) / (reconstructions - floor), nothing where reconstructions
+lie no farther than the floor, as they may: they are of the very images that all is compared with.
+`ratio_floor` takes reconstructions of the floor's own images instead.
 
 attributes, for the ten nearest to half yes, half no, with standard errors over images (`_se`):
     real   validation images
@@ -34,11 +33,11 @@ attributes, for the ten nearest to half yes, half no, with standard errors over 
 """
 
 import argparse
-import functools
 import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,17 +77,14 @@ RUNS = {  # row: config of both levels, and what it changes: a value, or one per
     },
     "order": {
         "gated PixelCNN, wavefront": ("train_prior", {}),
-        "gated PixelCNN, raster": (
-            "train_prior", {"model.order": "raster", "model.channels": (85, 86)},
-        ),
+        "gated PixelCNN, raster":
+            ("train_prior", {"model.order": "raster", "model.channels": (85, 86)}),
         "PixelSNAIL, wavefront": ("train_prior_pixelsnail", {}),
         "PixelSNAIL, raster": ("train_prior_pixelsnail", {"model.order": "raster"}),
         "transformer": ("train_prior_transformer", {}),
     },
 }  # fmt: skip
-TEMPERATURES = (0.7, 0.8, 0.9, 0.95, 1.0, 1.1)
-NUM_ATTRIBUTES = 10
-BATCH_SIZE = 64  # of the samples
+NUM_ATTRIBUTES, BATCH_SIZE = 10, 64  # of the samples
 TIMED_BATCH, TURNS = 16, 5
 
 Rows = Iterator[dict[str, Any]]
@@ -107,10 +103,9 @@ def settings(study: str, name: str, level: int) -> tuple[Path, dict[str, Any]]:
 def train(options: argparse.Namespace, config: Path, changes: dict[str, Any], level: int) -> Path:
     """The directory of a run, which goes on where it is not as long yet as asked for."""
     out = options.out / "-".join([config.stem, *(f"{k}={v}" for k, v in changes.items())])
-    flags = {"config": config, "codes": options.run / "codes", "level": level, "out": out}
+    flags = {"config": config, "codes": options.run / "codes", "level": level, "out": out} | changes
     if options.total_images is not None:
         flags["total_images"] = options.total_images
-    flags |= changes
     asked = stage.parse(TrainPrior, [f"--{k}={v}" for k, v in flags.items()])
     if images_seen(out) < asked.total_images:
         run("train_prior.py", **flags)
@@ -119,9 +114,8 @@ def train(options: argparse.Namespace, config: Path, changes: dict[str, Any], le
 
 def images_seen(out: Path) -> int:
     """Of a run that has ended; 0 before."""
-    path, status = out / "status.json", {}
-    if path.is_file():
-        status = json.loads(path.read_text())
+    path = out / "status.json"
+    status = json.loads(path.read_text()) if path.is_file() else {}
     return status["images_seen"] if status.get("state") == "done" else 0
 
 
@@ -145,38 +139,36 @@ def figures(out: Path) -> dict[str, float]:
 def trained_rows(options: argparse.Namespace) -> Rows:
     """Those of the studies in RUNS."""
     for level in options.levels:
-        rows, priors, grids = {}, {}, []
+        rows, priors = {}, {}
         for name in RUNS[options.study]:
             out = train(options, *settings(options.study, name, level), level)
             priors[name] = load_model(out, "prior").requires_grad_(False).to(DEVICE)
-            parameters = sum(weight.numel() for weight in priors[name].parameters())
-            rows[name] = {"contender": name, "case": f"level {level}", "parameters": parameters}
-            rows[name] |= figures(out)
-            grids = read_about(out)["codes"]["grids"][:level]
+            size = sum(weight.numel() for weight in priors[name].parameters())
+            row = {"contender": name, "case": f"level {level}", "parameters": size}
+            rows[name] = row | figures(out)
         if options.study == "order":
-            for name, speed in sampling_speeds(priors, grids).items():
+            for name, speed in sampling_speeds(priors).items():
                 rows[name]["images_per_sec"] = speed
         yield from rows.values()
 
 
-def sampling_speeds(priors: Mapping[str, Prior], coarser_grids: list) -> dict[str, float]:
-    """Images/s of the level alone, in turns, given random coarser codes and attributes; of the
-    priors that caches can sample."""
-    batch, samplers = TIMED_BATCH, {}
+def sampling_speeds(priors: Mapping[str, Prior]) -> dict[str, float]:
+    """Images/s of a level alone, in turns, given random coarser codes and attributes; of the priors
+    that caches can sample."""
+    random = partial(torch.randint, device=DEVICE)
+    keys, samplers = image_keys(0, torch.arange(TIMED_BATCH, device=DEVICE), level=0), {}
     for name, prior in priors.items():
-        sizes = zip(prior.config.coarser_codebook_sizes, coarser_grids, strict=True)
-        coarser = [torch.randint(k, (batch, *grid), device=DEVICE) for k, grid in sizes]
-        attributes = torch.randint(2, (batch, prior.config.num_attributes), device=DEVICE) * 2 - 1
-        condition = prior.condition(batch, coarser, None, attributes)
-        keys = image_keys(0, torch.arange(batch, device=DEVICE), level=0)
-        samplers[name] = Sampler("wavefront", prior, condition, keys)
-        network, order = samplers[name].network()
-        try:
-            network.logits(order[0])
-        except ValueError:  # a classic gated PixelCNN has no fronts
-            del samplers[name]
-    turns = [{name: s.whole_ms() for name, s in samplers.items()} for _ in range(TURNS + 1)][1:]
-    return {n: 1e3 * batch / statistics.median(turn[n] for turn in turns) for n in samplers}
+        shape, config = (TIMED_BATCH, *prior.config.grid), prior.config
+        coarser = [random(size, shape) for size in config.coarser_codebook_sizes]
+        attributes = random(2, (TIMED_BATCH, config.num_attributes)) * 2 - 1
+        condition = prior.condition(TIMED_BATCH, coarser, None, attributes)
+        sampler = Sampler("wavefront", prior, condition, keys)
+        with suppress(ValueError):  # a classic gated PixelCNN has no fronts
+            sampler.whole_ms()
+            samplers[name] = sampler
+    turns = [{name: sampler.whole_ms() for name, sampler in samplers.items()} for _ in range(TURNS)]
+    medians = {name: statistics.median(turn[name] for turn in turns) for name in samplers}
+    return {name: 1e3 * TIMED_BATCH / median for name, median in medians.items()}
 
 
 # Samples, and what they are measured by.
@@ -191,15 +183,14 @@ class Material:
         self.device, size = self.model.device, self.model.image_size
         self.real, self.train = (open_images(shards, split, size) for split in ("valid", "train"))
         extractors.check_recipe(self.real.recipe.hash, size, shards, options.run / "vqvae", judge)
-        self.judge = load_model(judge, "classifier").to(self.device)
+        self.judge = load_model(judge, "classifier").requires_grad_(False).to(self.device)
         self.extractor = extractors.judge_extractor(judge, self.device)
         unseen = np.flatnonzero(half_of(self.train.keys) != read_about(judge)["half"])
         self.out, self.count = options.out, options.num_samples
-        if not fidelity.MIN_IMAGES <= self.count <= min(len(self.real), len(unseen)):
-            refuse(
-                f"--num_samples {self.count} does not fit: there are {len(self.real)} validation "
-                f"images, and {len(unseen)} training images that the judge has not seen"
-            )
+        self.out.mkdir(parents=True, exist_ok=True)
+        least, most = fidelity.MIN_IMAGES, min(len(self.real), len(unseen))
+        if not least <= self.count <= most:
+            refuse(f"--num_samples must be in {least}..{most}, got {self.count}")
         self.chosen = choose(self.count, np.arange(len(self.real)), 0)
         self.floor = choose(self.count, unseen, 0)
         self.key = {
@@ -215,32 +206,27 @@ class Material:
         return kept(self.out / f"{name}.json", {**self.key, "set": name}, measure)
 
     def reconstructions(self, images: ImageSet, indices: np.ndarray) -> np.ndarray:
-        return np.concatenate(list(Reconstructions(self.model.vqvae, images, indices, self.device)))
+        return np.concatenate([*Reconstructions(self.model.vqvae, images, indices, self.device)])
 
     @torch.no_grad()
     def draw(self, name: str, how: Draw, attributes: np.ndarray) -> np.ndarray:
         """Images (N, H, W, C) uint8, and the picture of the set. attributes (N, A) are -1, +1 or
         0 = left open; the noise of image n is the same whatever is asked for."""
         model, images = self.model, []
-        with progress_bar(len(attributes), name) as bar:
-            for numbers in torch.arange(len(attributes)).split(BATCH_SIZE):
-                wanted = torch.from_numpy(attributes)[numbers].float().to(self.device)
+        with progress_bar(self.count, name) as bar:
+            for numbers in torch.arange(self.count, device=self.device).split(BATCH_SIZE):
+                wanted = torch.from_numpy(attributes).to(self.device)[numbers].float()
                 codes = []
                 for level in range(len(model.grids)):
-                    prior = model.prior(level).model
-                    keys = image_keys(0, numbers.to(self.device), level)
+                    prior, keys = model.prior(level).model, image_keys(0, numbers, level)
                     given = prior.condition(len(wanted), codes, None, wanted)
-                    without = prior.condition(len(wanted), codes)
-                    drawn = sample_codes(prior, given, keys, how, unconditional=without)
-                    codes.append(drawn.codes)
+                    without = prior.condition(len(wanted), codes) if how.guidance != 1 else None
+                    codes.append(sample_codes(prior, given, keys, how, unconditional=without).codes)
                 images.append(pictures.to_uint8(model.decode(codes)))
                 bar.update(len(wanted))
         found = np.concatenate(images)
         pictures.save_png(pictures.grid(found[:64], columns=8), self.out / f"{name}.png")
         return found
-
-
-# The study of the temperature.
 
 
 def ratio(samples: float, reconstructions: float, floor: float) -> float | None:
@@ -249,42 +235,36 @@ def ratio(samples: float, reconstructions: float, floor: float) -> float | None:
     return (samples - floor) / above if above > 0 else None
 
 
-def temperature_rows(options: argparse.Namespace) -> Rows:
-    m = Material(options)
+def temperature_rows(m: Material, options: argparse.Namespace) -> Rows:
     nothing = np.zeros((m.count, len(m.model.attribute_names)), np.int8)
+    drawn = {f"temperature-{value:g}": value for value in options.temperatures}
     sets = {
-        "floor": partial(m.train.__getitem__, m.floor),
-        "reconstructions": partial(m.reconstructions, m.real, m.chosen),
-        "reconstructions of the floor": partial(m.reconstructions, m.train, m.floor),
+        "floor": lambda: m.train[m.floor],
+        "reconstructions": lambda: m.reconstructions(m.real, m.chosen),
+        "floor-reconstructions": lambda: m.reconstructions(m.train, m.floor),
+        **{name: partial(m.draw, name, Draw(temperature=t), nothing) for name, t in drawn.items()},
     }
-    drawn = {f"temperature {value:g}": value for value in options.temperatures}
-    for name, value in drawn.items():
-        sets[name] = partial(m.draw, name, Draw(temperature=value), nothing)
 
     def features(name: str, images: np.ndarray) -> dict[str, torch.Tensor]:
+        np.save(m.out / f"{name}.npy", images)
         batches = batches_of(images, np.arange(m.count))
         return fidelity.extract([m.extractor], batches, m.count, name)[m.extractor.name]
 
-    @functools.cache
-    def real_features() -> dict[str, torch.Tensor]:
-        return features("real", m.real[m.chosen])
-
     def measure(name: str) -> dict[str, Any]:
-        scores = fidelity.scores(features(name, sets[name]()), real_features())
+        scores = fidelity.scores(features(name, sets[name]()), real)
         return {metric: score._asdict() for metric, score in scores.items()}
 
-    frechet = {}
+    real, frechet = features("real", m.real[m.chosen]), {}
     for name in sets:
         scores = m.kept(name, partial(measure, name))
         frechet[name] = scores["frechet"]["value"]
-        row = {"contender": name, "case": f"{m.count} images"}
+        row: dict[str, Any] = {"contender": name, "case": f"{m.count} images"}
         row |= {metric: score["value"] for metric, score in scores.items()}
         row["frechet_low"], row["frechet_high"] = scores["frechet"]["interval"]
         if name in drawn:
+            floor, near, far = (frechet[reference] for reference in list(sets)[:3])
             row["temperature"] = drawn[name]
-            for column, of in (("ratio", ""), ("ratio_floor", " of the floor")):
-                reached = frechet[f"reconstructions{of}"]
-                row[column] = ratio(frechet[name], reached, frechet["floor"])
+            row["ratio"], row["ratio_floor"] = (ratio(frechet[name], r, floor) for r in (near, far))
         yield row
 
 
@@ -299,13 +279,9 @@ def draw_chart(rows: list[dict], path: Path) -> None:
     for row, style in zip(rows[:3], ("-", "--", ":"), strict=True):
         axes.axhline(row["frechet"], color="0.4", linestyle=style, label=row["contender"])
     axes.set(xlabel="temperature", ylabel="Fréchet distance on the judge's features", ylim=0)
-    axes.set_title(points[0]["case"])
+    axes.legend(title=points[0]["case"])
     axes.grid(alpha=0.3)
-    axes.legend()
     FigureCanvasAgg(figure).print_png(str(path))
-
-
-# The study of the attributes.
 
 
 def most_balanced(attributes: np.ndarray, names: Sequence[str], usable: set[str]) -> list[str]:
@@ -314,16 +290,14 @@ def most_balanced(attributes: np.ndarray, names: Sequence[str], usable: set[str]
     return sorted((name for name in names if name in usable), key=far.__getitem__)[:NUM_ATTRIBUTES]
 
 
-def others(count: int, seed: int = 0) -> np.ndarray:
+def others(count: int) -> np.ndarray:
     """(count,) int64: for each image another one, along one random cycle."""
-    order, partner = np.random.default_rng(seed).permutation(count), np.empty(count, np.int64)
-    partner[order] = np.roll(order, 1)
-    return partner
+    order = np.random.default_rng(0).permutation(count)
+    return np.roll(order, 1)[np.argsort(order)]
 
 
 def agreement(yes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """1 where the judge's yes (N, k) bool is what the attribute (N, k) says, else 0; NaN where that
-    is unknown."""
+    """Whether the judge's yes (N, k) is what the attributes (N, k) say: 1, 0, or NaN = unknown."""
     return np.where(wanted == 0, np.nan, yes == (wanted > 0))
 
 
@@ -337,7 +311,7 @@ def accuracy_rows(names: list[str], columns: dict[str, np.ndarray], base: np.nda
     """A row per attribute and one of their mean, from agreements (N, k). The mean's error is that
     of the images' means, as the answers to one image go together."""
     for i, name in enumerate([*names, "mean"]):
-        row = {"contender": name, "base": float(base[i] if i < len(names) else base.mean())}
+        row: dict[str, Any] = {"contender": name, "base": float([*base, base.mean()][i])}
         for column, values in columns.items():
             values = values[:, i] if i < len(names) else np.nanmean(values, axis=1)
             known = torch.from_numpy(values[~np.isnan(values)])
@@ -345,8 +319,7 @@ def accuracy_rows(names: list[str], columns: dict[str, np.ndarray], base: np.nda
         yield row
 
 
-def attribute_rows(options: argparse.Namespace) -> Rows:
-    m = Material(options)
+def attribute_rows(m: Material, options: argparse.Namespace) -> Rows:
     known, asked = list(m.real.index.attribute_names), m.model.attribute_names
     judged = list(m.judge.config.names)
     names = most_balanced(m.train.attributes, known, set(asked) & set(judged))
@@ -356,25 +329,25 @@ def attribute_rows(options: argparse.Namespace) -> Rows:
     wanted = full[:, [asked.index(name) for name in names]]
     in_turn = np.where(np.arange(m.count) % 2 == 0, 1, -1)
 
-    @torch.no_grad()
-    def measure(make: Callable[[], np.ndarray]) -> dict[str, Any]:
-        batches = batches_of(make(), np.arange(m.count))
-        logits = torch.cat([m.judge(pictures.to_unit(batch, m.device)) for batch in batches])
-        return {name: {"yes": (logits[:, judged.index(name)] > 0).tolist()} for name in names}
-
     def answers(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
         """The judge's yes (N, k) bool to the images of a set."""
-        found = m.kept(name, partial(measure, make))
+
+        def measure() -> dict[str, Any]:
+            batches = batches_of(make(), np.arange(m.count))
+            logits = torch.cat([m.judge(pictures.to_unit(batch, m.device)) for batch in batches])
+            return {name: {"yes": (logits[:, judged.index(name)] > 0).tolist()} for name in names}
+
+        found = m.kept(name, measure)
         return np.array([found[name]["yes"] for name in names]).T
 
-    real = answers("real", partial(m.real.__getitem__, m.chosen))
+    real = answers("real", lambda: m.real[m.chosen])
     for guidance in options.guidance:
-        how, prefix = Draw(guidance=guidance), f"guidance {guidance:g}"
+        how, prefix = Draw(guidance=guidance), f"guidance-{guidance:g}"
         alone = np.empty(wanted.shape)
         for i, name in enumerate(names):
             one = np.zeros_like(full)
             one[:, asked.index(name)] = in_turn
-            this = f"{prefix}, {name}"
+            this = f"{prefix}-{name}"
             alone[:, i] = agreement(answers(this, partial(m.draw, this, how, one))[:, i], in_turn)
         found = answers(prefix, partial(m.draw, prefix, how, full))
         columns = {
@@ -387,20 +360,14 @@ def attribute_rows(options: argparse.Namespace) -> Rows:
             yield {"case": f"{prefix}, {m.count} images", **row}
 
 
-STUDIES: dict[str, Callable[[argparse.Namespace], Rows]] = {
-    "overfitting": trained_rows,
-    "order": trained_rows,
-    "temperature": temperature_rows,
-    "attributes": attribute_rows,
-}
+SAMPLED = {"temperature": temperature_rows, "attributes": attribute_rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = parser.add_argument
-    add("--study", choices=STUDIES, required=True)
+    add("--study", choices=[*RUNS, *SAMPLED], required=True)
     add("--run", type=Path, required=True, help="run tree, as run_all.py leaves it")
     add("--out", type=Path, required=True, help="where runs, figures of sets and pictures go")
     add("--json", type=Path, required=True, help="where the table goes")
@@ -409,14 +376,17 @@ def main() -> None:
     add("--judge", type=Path, help="if not <run>/classifier-judge")
     add("--priors", type=Path, nargs="+", help="coarse to fine, if not <run>/prior-level0 ...")
     add("--num_samples", type=int, default=2_000, help="images in each set")
-    add("--temperatures", type=float, nargs="+", default=TEMPERATURES)
+    add("--temperatures", type=float, nargs="+", default=[0.7, 0.8, 0.9, 0.95, 1.0, 1.1])
     add("--guidance", type=float, nargs="+", default=[1.0], help="scales of the guidance")
     options = parser.parse_args()
-    rows = []
+    rows, about, study = [], {}, trained_rows(options)
     try:
-        for row in STUDIES[options.study](options):
+        if options.study in SAMPLED:
+            material = Material(options)
+            about, study = {"sets": material.key}, SAMPLED[options.study](material, options)
+        for row in study:
             rows.append(row)
-            write_json(options.json, rows, DEVICE)
+            write_json(options.json, rows, DEVICE, **about)
     except stage.UserError as error:
         refuse(str(error))
     if options.study == "temperature":

@@ -384,6 +384,18 @@ def test_seeds_are_averaged_over_what_all_of_them_have():
         assert figure["interval"] is None
 
 
+@pytest.mark.parametrize("samples", [(500, 5000), (500, 500)])
+def test_likelihoods_that_were_estimated_otherwise_have_no_mean(samples):
+    rows = {
+        f"x-seed{seed}": {
+            "likelihood_samples": {"value": count}, "bound": {"value": 1.0}, "mse": {"value": 2.0}
+        }
+        for seed, count in enumerate(samples)
+    }  # fmt: skip
+    alike = {"likelihood_samples", "bound"} if samples[0] == samples[1] else set()
+    assert set(comparison.with_seeds(rows)["x, 2 seeds"]) == {"mse"} | alike
+
+
 def test_runs_of_one_name_are_told_apart_by_their_trees(tree, tmp_path):
     for name in ("one", "two"):
         shutil.copytree(tree / "ae", tmp_path / name / "vae")

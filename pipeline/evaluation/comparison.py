@@ -286,9 +286,14 @@ def distances(
 # The table.
 
 
+ESTIMATED_WITH = ("likelihood_images", "likelihood_samples")
+ESTIMATED = (*ESTIMATED_WITH, "negative_elbo", "bound", "bits_per_dim", "inference_gap")
+
+
 def with_seeds(rows: Mapping[str, Figures]) -> dict[str, Figures]:
     """The rows, and after runs whose names differ in `-seed<number>` alone a row of their means,
-    whose spread is the standard deviation over the seeds; of figures that all of them have."""
+    whose spread is the standard deviation over the seeds; of figures that all of them have, and of
+    likelihoods if they were estimated alike."""
     groups: dict[str, list[str]] = {}
     for name in rows:
         groups.setdefault(re.sub(r"-seed\d+", "", name), []).append(name)
@@ -296,10 +301,15 @@ def with_seeds(rows: Mapping[str, Figures]) -> dict[str, Figures]:
     for group, names in groups.items():
         table |= {name: rows[name] for name in names}
         if len(names) > 1:
-            table[f"{group}, {len(names)} seeds"] = {
-                tag: _over_seeds([rows[name][tag]["value"] for name in names])
+            values = {
+                tag: [rows[name][tag]["value"] for name in names]
                 for tag in rows[names[0]]
                 if all(tag in rows[name] for name in names)
+            }
+            if any(len(set(values.get(tag, ()))) > 1 for tag in ESTIMATED_WITH):
+                values = {tag: found for tag, found in values.items() if tag not in ESTIMATED}
+            table[f"{group}, {len(names)} seeds"] = {
+                tag: _over_seeds(found) for tag, found in values.items()
             }
     return table
 
