@@ -3,7 +3,8 @@ with one change in order wavefront: every convolution of the vertical stack reac
 
 In the classic stack (order raster) the deeper layers also look to the right within their own row,
 and that reach adds up over the layers. With the change every step to the right is paid for by going
-up a row, so whole diagonal fronts are sampled together; docs/results.md has its price in nats.
+up a row, so whole diagonal fronts are sampled together; `benchmarks/prior_studies.py --study order`
+measures what that costs in nats.
 """
 
 import torch

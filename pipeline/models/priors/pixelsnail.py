@@ -4,7 +4,7 @@
 Every convolution reaches strictly upward or strictly along its own row to the left; the attention
 sees t' < t and row' <= row (order wavefront), or all that comes before in raster order. The paper's
 code was not published: which of its sizes stands where is our reading, and the attention of order
-wavefront is not the paper's. docs/results.md has the price of the mask in nats.
+wavefront is not the paper's. `benchmarks/prior_studies.py --study order` compares the masks.
 """
 
 import torch
