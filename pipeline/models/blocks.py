@@ -1,9 +1,15 @@
-"""Convolutional pieces of the VQ-VAE-2 encoder and decoder (Razavi et al. 2019, appendix A)."""
+"""Pieces that several models share, above all those of the VQ-VAE-2 encoder and decoder (Razavi et
+al. 2019, appendix A)."""
 
 from itertools import pairwise
 
 import torch
 from torch import nn
+
+
+def full_precision(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, or in float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ResidualBlock(nn.Module):

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch.nn import functional as F
 
+from pipeline.models.blocks import full_precision
 from pipeline.models.priors.fronts import FrontCaches, fronts
 from pipeline.models.priors.noise import gumbel_noise
 from pipeline.models.priors.prior import Prior
@@ -176,8 +177,7 @@ def sample_codes(
         given_codes, mask = (F.pad(each.flatten(1), (0, 2)) for each in given)
 
     def step(positions: torch.Tensor) -> None:
-        logits = network.logits(positions)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = full_precision(network.logits(positions))
         if guided:
             with_condition, without = logits.chunk(2)
             logits = without + draw.guidance * (with_condition - without)
@@ -256,6 +256,5 @@ def resample_codes(
 @torch.no_grad()
 def log_likelihood(model: Prior, codes: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
     """log p of each code given those before it, in nats: codes (B, H, W) int64 -> (B, H, W)."""
-    logits = model.logits(codes, condition)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = full_precision(model.logits(codes, condition))
     return logits.log_softmax(-1).gather(-1, codes[..., None])[..., 0]

@@ -15,10 +15,11 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from pipeline.models.blocks import full_precision
 from pipeline.models.priors.causal import CausalConv, See, above, left, whole
 from pipeline.models.priors.fronts import FrontCaches, fronts
 from pipeline.models.priors.pixelcnn import GatedLayer
-from pipeline.models.vae.likelihoods import Likelihood, full_precision
+from pipeline.models.vae.likelihoods import Likelihood
 
 
 @dataclass(frozen=True, kw_only=True)

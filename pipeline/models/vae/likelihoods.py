@@ -15,6 +15,8 @@ import torch
 from torch import distributions, nn
 from torch.nn import functional as F
 
+from pipeline.models.blocks import full_precision
+
 LikelihoodName = Literal[
     "gaussian",
     "gaussian_global",
@@ -71,11 +73,6 @@ class Likelihood(nn.Module):
                 f"{self.channels}, H, W), got {tuple(outputs.shape)} and {tuple(x.shape)}"
             )
         return full_precision(outputs), full_precision(x)
-
-
-def full_precision(x: torch.Tensor) -> torch.Tensor:
-    """x in float32, or in float64 if it is that already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _Independent(Likelihood):
