@@ -1,6 +1,7 @@
 # make demo                       the whole pipeline on drawn faces
 # make demo CELEBA_ROOT=PATH      the same on CelebA
 # make test                       the tests
+# make results                    docs/results.md from docs/benchmarks
 # PYTHON=python3 uses that interpreter as it is and installs nothing (test-gpu, bench, bench-gpu).
 
 VENV := .venv
@@ -13,7 +14,7 @@ PEERS := $(VENV)/.peers
 ENGINES := $(VENV)/.engines
 endif
 
-.PHONY: demo test check setup test-gpu bench bench-gpu golden tensorboard clean
+.PHONY: demo test check setup test-slurm test-gpu bench bench-gpu results golden tensorboard clean
 
 demo: $(SETUP)
 ifdef CELEBA_ROOT
@@ -29,6 +30,7 @@ test: $(ENGINES)
 check: $(ENGINES)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) benchmarks/results.py --check
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 
 setup: $(SETUP)
@@ -51,6 +53,9 @@ $(VENV)/.peers: $(SETUP)
 	rm -rf build *.egg-info
 	touch $@
 
+test-slurm: $(ENGINES)
+	$(PYTHON) -m pytest -m slurm
+
 test-gpu: $(SETUP)
 	$(PYTHON) -m pytest tests/test_gpu.py tests/test_kernels.py
 
@@ -65,6 +70,9 @@ bench-gpu: $(PEERS)
 	for name in $(BENCHMARKS); do \
 		$(PYTHON) benchmarks/$$name.py --device cuda --json runs/bench/$$name-cuda.json || exit 1; \
 	done
+
+results: $(SETUP)
+	$(PYTHON) benchmarks/results.py
 
 golden: $(SETUP)
 	PYTHONPATH=. $(PYTHON) tests/test_golden.py
