@@ -59,7 +59,7 @@ test-slurm: $(ENGINES)
 test-gpu: $(SETUP)
 	$(PYTHON) -m pytest tests/test_gpu.py tests/test_kernels.py
 
-BENCHMARKS := nearest_code codebook_sums quantizer_step train_step sampling
+BENCHMARKS := nearest_code codebook_sums quantizer_step train_step sampling features
 
 bench: $(PEERS)
 	for name in $(BENCHMARKS); do \

@@ -45,6 +45,9 @@ class RunAll:
     """Where the source's images are; None = as in shard_data.yaml."""
     processes: int = 1
     """Processes for the stages that can use several."""
+    dry_run: bool = False
+    """Only print the stages, tab-separated: name, the stages it waits for, whether one or many
+    processes, script and flags. slurm/submit_all.sh makes a job of each line."""
 
     def __post_init__(self) -> None:
         for name in ("num_levels", "processes"):
@@ -98,7 +101,7 @@ def steps(config: RunAll) -> list[Step]:
         Step(
             "evaluation", "evaluate", "evaluate",
             {"data": shards, "checkpoint": vqvae, "samples": samples, "judge": judge},
-            [shards, vqvae, samples, judge], evaluation, parallel=False,
+            [shards, vqvae, samples, judge], evaluation,
         ),
     ]  # fmt: skip
 
@@ -121,16 +124,37 @@ def key_of(step: Step, yaml: Path) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def arguments_of(step: Step, yaml: Path) -> list[str]:
+    """The flags of a stage, as its docstring shows them."""
+    flags = {"config": yaml} if yaml.is_file() else {}
+    flags |= {**step.flags, "out": step.out}
+    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+
+
 def command(step: Step, yaml: Path, processes: int) -> list[str]:
-    """The command line of a stage, as its docstring shows it."""
+    """The command line of a stage on this machine."""
     launcher = [sys.executable]
     if processes > 1 and step.parallel:
         launcher += ["-m", "torch.distributed.run", "--standalone"]
         launcher += [f"--nproc_per_node={processes}"]
-    flags = {"config": yaml} if yaml.is_file() else {}
-    flags |= {**step.flags, "out": step.out}
-    arguments = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    return [*launcher, str(ROOT / "pipeline" / f"{step.script}.py"), *arguments]
+    return [*launcher, str(ROOT / "pipeline" / f"{step.script}.py"), *arguments_of(step, yaml)]
+
+
+def print_plan(plan: list[Step], configs: Path) -> None:
+    """A line per stage, in an order in which each comes after those it waits for."""
+    for step in plan:
+        waits = [other.name for other in plan if other.out in step.inputs]
+        script = f"pipeline/{step.script}.py"
+        line = [
+            step.name,
+            ",".join(waits) or "-",
+            "many" if step.parallel else "one",
+            script,
+            *arguments_of(step, configs / f"{step.config}.yaml"),
+        ]
+        if any(set("\t\n") & set(word) for word in line):
+            raise stage.UserError("--dry_run: no path may have a tab or an end of line in it")
+        print("\t".join(line))
 
 
 def collect(out: Path) -> None:
@@ -138,6 +162,7 @@ def collect(out: Path) -> None:
     for source in ("samples/samples.png", "vqvae/reconstructions.png"):
         if (out / source).is_file():
             shutil.copy(out / source, out / Path(source).name)
+    shutil.copy(out / "evaluation" / "report.html", out / "report.html")
     report = (out / "evaluation" / "report.md").read_text()
     (out / "report.md").write_text(report.replace("](", "](evaluation/"))
     logs = out / "tensorboard"
@@ -167,6 +192,8 @@ def main(config: RunAll) -> None:
     configs = config.configs if config.configs.is_dir() else ROOT / config.configs
     if not configs.is_dir():
         raise stage.UserError(f"{config.configs} is not a folder of stage configs")
+    if config.dry_run:
+        return print_plan(steps(config), configs)
     done_file = config.out / "done.json"
     done = json.loads(done_file.read_text()) if done_file.is_file() else {}
     for number, step in enumerate(plan := steps(config), start=1):
@@ -188,7 +215,7 @@ def main(config: RunAll) -> None:
     collect(config.out)
     print(f"\nsamples          {config.out / 'samples.png'}")
     print(f"reconstructions  {config.out / 'reconstructions.png'}")
-    print(f"report           {config.out / 'report.md'}")
+    print(f"report           {config.out / 'report.html'}")
     tensorboard = f"{sys.executable} -m tensorboard.main --logdir {config.out / 'tensorboard'}"
     print(f"TensorBoard      {tensorboard}")
 
