@@ -1,6 +1,8 @@
 # make demo                       the whole pipeline on drawn faces
 # make demo CELEBA_ROOT=PATH      the same on CelebA
 # make test                       the tests
+# make test-browser, test-slurm   reports in Chromium; jobs on a two-node SLURM started for it
+# make test-faults                kills and corrupts runs
 # make results                    docs/results.md from docs/benchmarks
 # PYTHON=python3 uses that interpreter as it is and installs nothing (test-gpu, bench, bench-gpu).
 
@@ -12,9 +14,10 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 SETUP := $(VENV)/.done
 PEERS := $(VENV)/.peers
 ENGINES := $(VENV)/.engines
+BROWSER := $(VENV)/.browser
 endif
 
-.PHONY: demo test check setup test-slurm test-gpu bench bench-gpu results golden tensorboard clean
+.PHONY: demo test check setup test-browser test-faults test-slurm test-gpu bench bench-gpu results golden tensorboard clean
 
 demo: $(SETUP)
 ifdef CELEBA_ROOT
@@ -53,8 +56,19 @@ $(VENV)/.peers: $(SETUP)
 	rm -rf build *.egg-info
 	touch $@
 
+$(VENV)/.browser: $(SETUP)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt '.[browser]'
+	rm -rf build *.egg-info
+	touch $@
+
+test-browser: $(BROWSER)
+	$(PYTHON) -m pytest -m browser tests/test_browser.py
+
+test-faults: $(ENGINES)
+	$(PYTHON) -m pytest -m faults
+
 test-slurm: $(ENGINES)
-	$(PYTHON) -m pytest -m slurm
+	$(PYTHON) -m pytest -m slurm tests/test_slurm.py
 
 test-gpu: $(SETUP)
 	$(PYTHON) -m pytest tests/test_gpu.py tests/test_kernels.py

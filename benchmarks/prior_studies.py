@@ -36,7 +36,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -56,9 +56,9 @@ from pipeline import image_model, stage
 from pipeline.compare import kept
 from pipeline.data.images import ImageSet, open_images
 from pipeline.evaluation import extractors, fidelity, pictures
-from pipeline.evaluation.information import mean_with_error
+from pipeline.evaluation.accuracy_score import accuracies, agreement, base_rate, most_balanced
 from pipeline.evaluation.judge import half_of
-from pipeline.evaluation.sets import Reconstructions, batches_of, choose
+from pipeline.evaluation.sets import Choice, Reconstructions, ShardImages, batches_of, choose
 from pipeline.models.priors.noise import image_keys
 from pipeline.models.priors.prior import Prior
 from pipeline.models.priors.sampling import Draw, sample_codes
@@ -206,7 +206,9 @@ class Material:
         return kept(self.out / f"{name}.json", {**self.key, "set": name}, measure)
 
     def reconstructions(self, images: ImageSet, indices: np.ndarray) -> np.ndarray:
-        return np.concatenate([*Reconstructions(self.model.vqvae, images, indices, self.device)])
+        model, originals = self.model, Choice(ShardImages(images), indices)
+        made = Reconstructions(model.vqvae, model.sha256, originals, self.device)
+        return np.concatenate([*batches_of(made, np.arange(len(made)))])
 
     @torch.no_grad()
     def draw(self, name: str, how: Draw, attributes: np.ndarray) -> np.ndarray:
@@ -284,45 +286,27 @@ def draw_chart(rows: list[dict], path: Path) -> None:
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def most_balanced(attributes: np.ndarray, names: Sequence[str], usable: set[str]) -> list[str]:
-    """The usable attributes nearest to half yes, half no; attributes (N, A)."""
-    far = dict(zip(names, abs((attributes > 0).mean(0) - 0.5), strict=True))
-    return sorted((name for name in names if name in usable), key=far.__getitem__)[:NUM_ATTRIBUTES]
-
-
 def others(count: int) -> np.ndarray:
     """(count,) int64: for each image another one, along one random cycle."""
     order = np.random.default_rng(0).permutation(count)
     return np.roll(order, 1)[np.argsort(order)]
 
 
-def agreement(yes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Whether the judge's yes (N, k) is what the attributes (N, k) say: 1, 0, or NaN = unknown."""
-    return np.where(wanted == 0, np.nan, yes == (wanted > 0))
-
-
-def base_rate(yes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """(k,): what the agreement of independent answers and attributes of these frequencies is."""
-    answered, true = yes.mean(0), (wanted > 0).sum(0) / (wanted != 0).sum(0)
-    return answered * true + (1 - answered) * (1 - true)
-
-
 def accuracy_rows(names: list[str], columns: dict[str, np.ndarray], base: np.ndarray) -> Rows:
-    """A row per attribute and one of their mean, from agreements (N, k). The mean's error is that
-    of the images' means, as the answers to one image go together."""
+    """A row per attribute and one of their mean, from agreements (N, k)."""
+    found = {column: accuracies(values) for column, values in columns.items()}
     for i, name in enumerate([*names, "mean"]):
         row: dict[str, Any] = {"contender": name, "base": float([*base, base.mean()][i])}
-        for column, values in columns.items():
-            values = values[:, i] if i < len(names) else np.nanmean(values, axis=1)
-            known = torch.from_numpy(values[~np.isnan(values)])
-            row[column], row[f"{column}_se"] = mean_with_error(known)
+        for column, estimates in found.items():
+            row[column], row[f"{column}_se"] = estimates[i]
         yield row
 
 
 def attribute_rows(m: Material, options: argparse.Namespace) -> Rows:
     known, asked = list(m.real.index.attribute_names), m.model.attribute_names
     judged = list(m.judge.config.names)
-    names = most_balanced(m.train.attributes, known, set(asked) & set(judged))
+    usable = set(asked) & set(judged)
+    names = most_balanced(m.train.attributes, known, usable, NUM_ATTRIBUTES)
     if not names:
         refuse("no attribute is known to both the priors and the judge")
     full = m.real.attributes[m.chosen][:, [known.index(name) for name in asked]]

@@ -1,9 +1,9 @@
-"""docs/results.md from docs/results.template.md and the figures in docs/benchmarks/*.json.
+"""docs/<name>.md from docs/<name>.template.md and the figures in docs/benchmarks/*.json.
 
-    python benchmarks/results.py            writes docs/results.md
-    python benchmarks/results.py --check    fails where that would change it
+    python benchmarks/results.py            writes docs/results.md and every other such page
+    python benchmarks/results.py --check    fails where that would change one
 
-The template is Markdown with the signs of Jinja2 (jinja.palletsprojects.com/templates):
+A template is Markdown with the signs of Jinja2 (jinja.palletsprojects.com/templates):
 
     {% set beta = load("vae_beta") %}                       docs/benchmarks/vae_beta.json
     {{ beta.environment.commit[:7] }}                       a value of it
@@ -208,16 +208,19 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
-    path = DOCS / "results.md"
-    try:
-        page = render((DOCS / "results.template.md").read_text(), DOCS / "benchmarks")
-    except NoPage as error:
-        sys.exit(f"docs/results.template.md: {error}")
-    if not check:
-        path.write_text(page)
-    elif page != (old := path.read_text()):
-        print(*difflib.unified_diff(old.splitlines(), page.splitlines(), n=0), sep="\n")
-        sys.exit("docs/results.md is not what its template and JSON give: make results")
+    pages = {}
+    for template in sorted(DOCS.glob("*.template.md")):
+        try:
+            page = render(template.read_text(), DOCS / "benchmarks")
+        except NoPage as error:
+            sys.exit(f"docs/{template.name}: {error}")
+        pages[DOCS / template.name.replace(".template", "")] = page
+    for path, page in pages.items():
+        if not check:
+            path.write_text(page)
+        elif page != (old := path.read_text() if path.is_file() else ""):
+            print(*difflib.unified_diff(old.splitlines(), page.splitlines(), n=0), sep="\n")
+            sys.exit(f"docs/{path.name} is not what its template and JSON give: make results")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Puts trained models side by side: comparison.json, comparison.md and a picture of each run.
+"""Puts trained models side by side: comparison.html, .md and .json, and a picture of each run.
 
     python pipeline/compare.py --data runs/celeba64/shards --judge runs/celeba64/classifier-judge \\
         --runs '[runs/celeba64/ae, runs/celeba64/vae, runs/celeba64/vqvae]' \\
@@ -31,10 +31,11 @@ import torch
 
 from pipeline import stage
 from pipeline.data.images import open_images
-from pipeline.evaluation import comparison, extractors, fidelity, latent_pictures, pictures
+from pipeline.evaluation import comparison, extractors, fidelity, html, latent_pictures, pictures
 from pipeline.evaluation.comparison import Data, Figures
 from pipeline.evaluation.fidelity import Score
 from pipeline.evaluation.judge import half_of
+from pipeline.evaluation.report import write_text
 from pipeline.evaluation.sets import SampleFiles, batches_of, blurred, choose
 from pipeline.evaluation.vae_figures import Split
 from pipeline.training.checkpoint import final_directory, load_model, model_sha256, read_about
@@ -65,7 +66,7 @@ class Compare:
     runs: list[Path]
     """Run directories of train_vae.py and train_vqvae.py, in the order of the rows."""
     out: Path
-    """Where comparison.json, comparison.md, and a figures file and a picture per run go."""
+    """Where comparison.html, .md and .json, and a figures file and a picture per run go."""
     judge: Path | None = None
     """Run directory of train_classifier.py; None = Inception features only."""
     inception_weights: Path | None = None
@@ -247,7 +248,7 @@ def main(config: Compare) -> None:
     if len(sizes) > 1:
         raise stage.UserError(f"the runs have images of {sorted(sizes)} pixels; give those of one")
     size = sizes.pop()
-    scorers = extractors.find_extractors(
+    scorers, _ = extractors.find_extractors(
         config.judge, config.inception_weights, config.extractor_sha256, device
     )
     if not scorers:
@@ -304,15 +305,15 @@ def main(config: Compare) -> None:
         if priors:
             key["priors"] = [model_sha256(path) for path in priors]
         if samples:
-            key["samples"] = {k: v for k, v in samples.protocol.items() if k != "provenance"}
+            key["samples"] = samples.protocol
         measured = functools.partial(
             measure, run, priors, samples, data, scorers, real_features, config.out / f"{name}.png"
         )
         rows[name] = kept(config.out / f"{name}.json", key, measured) | from_metrics(run)
         if about["kind"] == "vae":
             rows[name] |= from_report(name, run, sha256, config)
-        elif samples and "images_per_sec" in samples.protocol:
-            rows[name]["sampling_images_per_sec"] = figure(samples.protocol["images_per_sec"])
+        elif samples and "images_per_sec" in samples.note:
+            rows[name]["sampling_images_per_sec"] = figure(samples.note["images_per_sec"])
 
     drawn = {name: f"{name}.png" for name in runs}
     planes = [plane(name, runs[name], data) for name, about in abouts.items() if in_plane(about)]
@@ -332,10 +333,9 @@ def main(config: Compare) -> None:
         "pictures": drawn,
     }  # fmt: skip
     stage.write_json(config.out / "comparison.json", report)
-    temporary = config.out / ".comparison.md"
-    temporary.write_text(comparison.markdown(report))
-    temporary.replace(config.out / "comparison.md")
-    print(f"{config.out / 'comparison.md'}: {len(runs)} runs, {count:,} images per set")
+    write_text(config.out / "comparison.md", comparison.markdown(report))
+    html.write_comparison_page(config.out)
+    print(f"{config.out / 'comparison.html'}: {len(runs)} runs, {count:,} images per set")
 
 
 if __name__ == "__main__":

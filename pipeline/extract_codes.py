@@ -10,6 +10,8 @@ each image, `<key>_flip`: the codes of its mirror image. Finished shards are kep
 """
 
 import dataclasses
+import functools
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -22,10 +24,12 @@ import numpy as np
 import torch
 
 from pipeline import stage
+from pipeline.data import corruption
 from pipeline.data.codes import npy_bytes
-from pipeline.data.images import IMAGE_EXTENSIONS, Recipe, decode, recipe_for
+from pipeline.data.corruption import CorruptConfig
+from pipeline.data.images import ImageSet, open_images, recipe_for
 from pipeline.data.index import ShardInfo, read_index, write_index
-from pipeline.data.shards import ShardReader, verify_shard, write_shard
+from pipeline.data.shards import verify_shard, write_shard
 from pipeline.evaluation.pictures import to_unit
 from pipeline.models.vqvae import VQVAE
 from pipeline.training.checkpoint import load_model, model_sha256, read_about
@@ -47,6 +51,7 @@ class ExtractCodes:
     """Also encode the mirror image of every training image, as a second view for the prior."""
     batch_size: int = 128
     """Images per forward pass, in each process."""
+    corrupt: CorruptConfig = CorruptConfig()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -61,21 +66,23 @@ def encode(model: VQVAE, images: np.ndarray, device: torch.device) -> list[np.nd
 
 
 def code_samples(
-    reader: ShardReader, recipe: Recipe, model: VQVAE, config: ExtractCodes, flip: bool, device, bar
+    images: ImageSet, numbers: range, model: VQVAE, config: ExtractCodes, flip: bool, device, bar
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The samples of a code shard, in the order of the image shard; flipped views last."""
+    substitutes = {fault["number"]: fault["substitute"] for fault in images.faults}
     for mirrored in (False, True) if flip else (False,):
-        for start in range(0, len(reader), config.batch_size):
-            chosen = range(start, min(start + config.batch_size, len(reader)))
-            encoded = [reader.read_member(i, *IMAGE_EXTENSIONS.values()) for i in chosen]
-            images = np.stack([decode(data, recipe) for data in encoded])
+        for start in range(numbers.start, numbers.stop, config.batch_size):
+            chosen = range(start, min(start + config.batch_size, numbers.stop))
+            pixels = images[slice(chosen.start, chosen.stop)]
             if mirrored:
-                images = images[:, :, ::-1].copy()
-            levels = encode(model, images, device)
-            for row, sample in enumerate(chosen):
-                key = reader.keys[sample].decode() + ("_flip" if mirrored else "")
-                about = json.loads(reader.read_member(sample, "json"))
+                pixels = pixels[:, :, ::-1].copy()
+            levels = encode(model, pixels, device)
+            for row, number in enumerate(chosen):
+                key = bytes(images.keys[number]).decode() + ("_flip" if mirrored else "")
+                about = images.describe(number)
                 about["view"] = "flip" if mirrored else "original"
+                if number in substitutes:
+                    about["substitute"] = bytes(images.keys[substitutes[number]]).decode()
                 members = {f"level{i}.npy": npy_bytes(grid[row]) for i, grid in enumerate(levels)}
                 yield key, {**members, "json": json.dumps(about).encode()}
             bar.update(len(chosen))
@@ -102,6 +109,18 @@ def main(config: ExtractCodes) -> None:
         "codebook_sizes": list(model.config.codebook_sizes),
         "views": ["original", "flip"] if config.flip else ["original"],
     }
+
+    @functools.cache
+    def images_of(split: str) -> ImageSet:
+        return open_images(
+            config.data, split, recipe.size, cache=False, corrupt=config.corrupt, progress=False
+        )
+
+    if config.corrupt.substitutes:
+        with accelerator.main_process_first():
+            faults = {split: images_of(split).faults for split in index.splits}
+        corruption.write_list(config, **faults)
+        origin["substituted"] = {split: len(found) for split, found in faults.items()}
     note = config.out / "origin.json"
     if note.is_file() and json.loads(note.read_text()) != origin:
         raise stage.UserError(
@@ -117,15 +136,20 @@ def main(config: ExtractCodes) -> None:
     mine = plan[rank::world]
     views = {split: 1 + (config.flip and split == "train") for split in index.splits}
     total = sum(shard.num_samples * views[split] for split, shard in mine)
+    first = {}  # number of a shard's first sample in its split
+    for split in index.splits:
+        sizes = [shard.num_samples for shard in index.shards(split)]
+        starts = itertools.accumulate(sizes, initial=0)
+        first |= dict(zip((shard.name for shard in index.shards(split)), starts, strict=False))
     bar = progress_bar(total, "codes", disable=not accelerator.is_main_process)
     for split, shard in mine:
         path, done = config.out / shard.name, config.out / f".{shard.name}.json"
         if done.is_file() and verify_shard(path, ShardInfo(**json.loads(done.read_text()))):
             bar.update(shard.num_samples * views[split])
             continue
-        reader = ShardReader(config.data / shard.name, shard)
+        numbers = range(first[shard.name], first[shard.name] + shard.num_samples)
         samples = code_samples(
-            reader, recipe, model, config, views[split] == 2, accelerator.device, bar
+            images_of(split), numbers, model, config, views[split] == 2, accelerator.device, bar
         )
         stage.write_json(done, dataclasses.asdict(write_shard(path, samples)))
     bar.close()

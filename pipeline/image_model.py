@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from pipeline.models.priors.noise import image_keys
@@ -70,8 +71,13 @@ class Sampling:
                 Draw(**{name: value})
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in 0..2^63 - 1, got {self.seed}")
-        if not self.wanted and self.label is None and set(self._values("guidance")) != {1}:
+        if not self.asks and set(self._values("guidance")) != {1}:
             raise ValueError("guidance needs attributes or a label to guide to")
+
+    @property
+    def asks(self) -> bool:
+        """Whether anything is asked for."""
+        return bool(self.wanted) or self.label is not None
 
     def _values(self, name: str) -> tuple:
         value = getattr(self, name)
@@ -119,6 +125,21 @@ class Given(NamedTuple):
     """Per level (h, w) bool: those that stay."""
 
 
+class Asked(NamedTuple):
+    """What each of N images is asked for."""
+
+    attribute_names: Sequence[str]
+    attributes: np.ndarray
+    """(N, A) int8: +1 with it, -1 without, 0 = left open."""
+    class_names: Sequence[str]
+    labels: np.ndarray
+    """(N,) int64: the class, -1 = none."""
+
+    def of(self, numbers: np.ndarray) -> "Asked":
+        """What images `numbers` (B,) are asked for."""
+        return self._replace(attributes=self.attributes[numbers], labels=self.labels[numbers])
+
+
 class LevelPrior(NamedTuple):
     """The prior of a level, and the names of what it was trained with."""
 
@@ -126,24 +147,6 @@ class LevelPrior(NamedTuple):
     attribute_names: list[str]
     class_names: list[str]
     sha256: str
-
-    def attribute_vector(self, wanted: dict[str, int]) -> torch.Tensor:
-        """(1, A) of -1, +1, and 0 for what was not asked for."""
-        names = self.attribute_names
-        if names and (unknown := sorted(set(wanted) - set(names))):
-            raise UserError(f"unknown attribute {unknown[0]}; known: {', '.join(names)}")
-        return torch.tensor([[wanted.get(name, 0) for name in names]], dtype=torch.float32)
-
-    def label_number(self, label: str | int | None) -> int:
-        """Number of the class asked for, -1 = none."""
-        names = self.class_names
-        if label is None or not names:
-            return -1
-        if label in names:
-            return names.index(str(label))
-        if str(label).isdigit() and int(label) < len(names):
-            return int(label)
-        raise UserError(f"unknown class {label}; known: {', '.join(names)}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -178,12 +181,21 @@ class ImageModel:
         """What can be asked for."""
         return next((p.class_names for p in self.priors.values() if p.class_names), [])
 
-    def class_number(self, label: str | int) -> int:
-        """The number of a class given by name or number; UserError for one that is not known."""
-        for prior in self.priors.values():
-            if prior.class_names:
-                return prior.label_number(label)
-        raise UserError("the priors were not trained with label; leave label out")
+    def asked(self, how: Sampling, count: int) -> Asked:
+        """What `how` asks of each of `count` images; UserError for names that are not known."""
+        names, classes, label = self.attribute_names, self.class_names, -1
+        if names and (unknown := sorted(set(how.wanted) - set(names))):
+            raise UserError(f"unknown attribute {unknown[0]}; known: {', '.join(names)}")
+        if how.label is not None and classes:
+            word = str(how.label)
+            if word in classes:
+                label = classes.index(word)
+            elif word.isdigit() and int(word) < len(classes):
+                label = int(word)
+            else:
+                raise UserError(f"unknown class {word}; known: {', '.join(classes)}")
+        vector = np.array([how.wanted.get(name, 0) for name in names], np.int8)
+        return Asked(names, np.tile(vector, (count, 1)), classes, np.full(count, label))
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -230,6 +242,7 @@ class ImageModel:
         numbers: Sequence[int] | torch.Tensor,
         how: Sampling,
         *,
+        asked: Asked | None = None,
         given: Given | None = None,
         resample: int = 1,
         progress: Callable[[int], None] | None = None,
@@ -238,6 +251,7 @@ class ImageModel:
 
         Args:
             numbers: of the images, (B,).
+            asked: of these images, one by one; None = of all what `how` asks.
             given: codes of these images, and which of them stay.
             resample: fillings drawn for a level of which a part stays; one is picked by the
                 likelihood of the given codes that come later, see `resample_codes`.
@@ -245,6 +259,7 @@ class ImageModel:
         """
         numbers = torch.as_tensor(numbers, device=self.device)
         advance = progress and (lambda positions: progress(positions * len(numbers)))
+        asked = asked or self.asked(how, len(numbers))
         codes: list[torch.Tensor] = []
         for level, draw in enumerate(how.draws(len(self.grids))):
             known = None
@@ -254,7 +269,7 @@ class ImageModel:
             if known is not None and known[1].all():
                 codes.append(known[0])
                 continue
-            condition = self._condition(level, len(numbers), codes, how)
+            condition = self._condition(level, codes, asked)
             unconditional = None
             if draw.guidance != 1:
                 unconditional = self.prior(level).model.condition(len(numbers), codes)
@@ -278,14 +293,13 @@ class ImageModel:
         model = self.prior(level).model
         return sample_codes(model, condition, keys, draw, method=how.method, **options)
 
-    def _condition(
-        self, level: int, count: int, coarser: list[torch.Tensor], how: Sampling
-    ) -> torch.Tensor:
+    def _condition(self, level: int, coarser: list[torch.Tensor], asked: Asked) -> torch.Tensor:
         """The condition of a level's prior, with what is asked for."""
         prior = self.prior(level)
-        labels = torch.full((count,), prior.label_number(how.label), device=self.device)
-        attributes = prior.attribute_vector(how.wanted).to(self.device).expand(count, -1)
-        return prior.model.condition(count, coarser, labels, attributes)
+        columns = [asked.attribute_names.index(name) for name in prior.attribute_names]
+        labels = torch.from_numpy(asked.labels).to(self.device)
+        attributes = torch.from_numpy(asked.attributes[:, columns]).float().to(self.device)
+        return prior.model.condition(len(labels), coarser, labels, attributes)
 
     def prior(self, level: int) -> LevelPrior:
         """The prior of a level; UserError where there is none."""
@@ -308,12 +322,13 @@ class ImageModel:
             raise UserError("the priors were not trained with label; leave label out")
         zeros = [torch.zeros(1, *grid, dtype=torch.int64, device=self.device)
                  for grid in self.grids]  # fmt: skip
+        asked = self.asked(how, 1)
         for level, prior in zip(levels, priors, strict=True):
             size = prior.model.config.codebook_size
             if draws[level].top_k > size:
                 raise UserError(f"top_k must be at most {size}, the number of codes of level "
                                 f"{level}, got {draws[level].top_k}")  # fmt: skip
-            condition = self._condition(level, 1, zeros[:level], how)
+            condition = self._condition(level, zeros[:level], asked)
             if how.method in ("wavefront", "raster"):
                 network = make_network(prior.model, condition, how.method)
                 try:  # the first position, to see that all layers can be evaluated by fronts

@@ -72,7 +72,7 @@ def main(config: ReportLevels) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = read_about(config.checkpoint)
     model = load_model(config.checkpoint, "vqvae").to(device)
-    scorers = extractors.find_extractors(
+    scorers, _ = extractors.find_extractors(
         config.judge, config.inception_weights, config.extractor_sha256, device
     )
     if not scorers:

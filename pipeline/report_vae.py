@@ -1,4 +1,4 @@
-"""Reports what a VAE has learned: report.json, report.md, pictures.
+"""Reports what a VAE has learned: report.html, report.md, report.json, pictures.
 
     python pipeline/report_vae.py --data runs/celeba64/shards \\
         --checkpoint runs/celeba64/vae --out runs/celeba64/vae/report
@@ -26,7 +26,8 @@ import torch
 from pipeline import stage
 from pipeline.data.faces import SOMETIMES_HIDDEN
 from pipeline.data.images import open_images
-from pipeline.evaluation import latent_pictures, latents, pictures, vae_figures
+from pipeline.evaluation import html, latent_pictures, latents, pictures, vae_figures
+from pipeline.evaluation.report import write_text
 from pipeline.evaluation.vae_figures import Figures, LikelihoodSettings, Split
 from pipeline.training.checkpoint import load_model, model_sha256, read_about
 from pipeline.training.tracking import Tracker
@@ -225,16 +226,15 @@ def main(config: ReportVAE) -> int:
     for name, picture in drawn.items():
         pictures.save_png(picture, config.out / f"{name}.png")
     stage.write_json(config.out / "report.json", report)
-    temporary = config.out / ".report.md"
-    temporary.write_text(markdown(report))
-    temporary.replace(config.out / "report.md")
+    write_text(config.out / "report.md", markdown(report))
+    html.write_vae_page(config.out, MEANINGS)
     tracker = Tracker(config.out, "report", about["images_seen"], about["images_seen"])
     tags = {f"evaluation/{name}": found["value"] for name, found in figures.items()}
     tracker.log(about["images_seen"], tags)
     for name, picture in drawn.items():
         tracker.image(about["images_seen"], f"evaluation/{name}", picture)
     tracker.close()
-    print(f"{config.out / 'report.md'}: {len(figures)} figures, {len(drawn)} pictures")
+    print(f"{config.out / 'report.html'}: {len(figures)} figures, {len(drawn)} pictures")
     return about["images_seen"]
 
 

@@ -81,7 +81,11 @@ def steps(config: RunAll) -> list[Step]:
         source["root"] = config.root
     return [
         Step("shards", "shard_data", "shard_data", source, [], shards, parallel=False),
-        Step("vqvae", "train_vqvae", "train_vqvae", {"data": shards}, [shards], vqvae),
+        Step("judge", "train_classifier", "train_classifier", {"data": shards}, [shards], judge),
+        Step(
+            "vqvae", "train_vqvae", "train_vqvae",
+            {"data": shards, "judge": judge}, [shards, judge], vqvae,
+        ),
         Step(
             "codes", "extract_codes", "extract_codes",
             {"data": shards, "checkpoint": vqvae}, [shards, vqvae], codes,
@@ -89,7 +93,7 @@ def steps(config: RunAll) -> list[Step]:
         *[
             Step(
                 prior.name, "train_prior", f"train_prior_level{level}",
-                {"codes": codes, "level": str(level)}, [codes], prior,
+                {"codes": codes, "level": str(level), "judge": judge}, [codes, judge], prior,
             )
             for level, prior in enumerate(priors)
         ],
@@ -97,7 +101,6 @@ def steps(config: RunAll) -> list[Step]:
             "samples", "sample_prior", "sample_prior",
             {"checkpoint": vqvae}, [vqvae, *priors], samples,
         ),
-        Step("judge", "train_classifier", "train_classifier", {"data": shards}, [shards], judge),
         Step(
             "evaluation", "evaluate", "evaluate",
             {"data": shards, "checkpoint": vqvae, "samples": samples, "judge": judge},

@@ -27,6 +27,12 @@ those in which the selector, a classifier trained with --half 0, sees most surel
 for. The files are named by the numbers of the candidates:
 
     ... --attributes Smiling=1 --selector runs/demo/classifier-selector --acceptance 0.25
+
+Conditions of a data set: image n is asked for all attributes, or the class, of one image of its
+training split, each of which has its turn before one comes again; evaluate.py then tells what a
+classifier learns from the samples:
+
+    ... --conditions runs/demo/shards --num_images 2000 --format tar
 """
 
 import dataclasses
@@ -51,10 +57,12 @@ from PIL import Image
 
 from pipeline import stage
 from pipeline.data.codes import CodeSet, npy_bytes, open_codes
+from pipeline.data.images import open_images
 from pipeline.data.index import Index, read_index, write_index
+from pipeline.data.order import stream
 from pipeline.data.shards import ShardInfo, ShardReader, sync, verify_shard, write_shard
 from pipeline.evaluation import pictures, rejection
-from pipeline.image_model import Given, ImageModel, Precision, Sampling, load_model
+from pipeline.image_model import Asked, Given, ImageModel, Precision, Sampling, load_model
 from pipeline.training.distributed import make_accelerator
 from pipeline.training.tracking import progress_bar
 
@@ -86,6 +94,9 @@ class SamplePrior(Sampling):
     does."""
     columns: int = 8
     """Columns of the grid, which has as many rows at most."""
+    conditions: Path | None = None
+    """Directory with image shards: each image is asked for what an image of their training split
+    has. With a selector, what is easily met is kept more often than it is there."""
     codes: Path | None = None
     """Directory with code shards of which a part stays; None = all is drawn."""
     split: Literal["train", "valid", "test"] | None = None
@@ -121,8 +132,14 @@ class SamplePrior(Sampling):
             raise ValueError("resample is for given codes; give codes and what of them stays")
         if (self.acceptance < 1) != (self.selector is not None):
             raise ValueError("selector and an acceptance below 1 go together")
-        if self.selector is not None and not self.wanted and self.label is None:
-            raise ValueError("selector needs attributes or a label to judge by")
+        if self.conditions is not None and (super().asks or self.codes is not None):
+            raise ValueError("conditions go without attributes, label and codes")
+        if self.selector is not None and not self.asks:
+            raise ValueError("selector needs attributes, a label or conditions to judge by")
+
+    @property
+    def asks(self) -> bool:
+        return super().asks or self.conditions is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,6 +211,30 @@ def open_given(config: SamplePrior, model: ImageModel, count: int) -> GivenCodes
     return GivenCodes(codes=codes, keep=keep)
 
 
+def asked_for(config: SamplePrior, model: ImageModel, count: int) -> Asked:
+    """What each of `count` images is asked for, in the priors' words; UserError for a data set that
+    does not have them all."""
+    names, classes = model.attribute_names, model.class_names
+    if config.conditions is None:
+        return model.asked(config, count)
+    if not names and not classes:
+        raise stage.UserError(
+            "the priors were trained with neither attributes nor label; leave conditions out"
+        )
+    data = open_images(config.conditions, "train", model.image_size)
+    theirs, their_classes = list(data.index.attribute_names), list(data.index.class_names)
+    if missing := [*(set(names) - set(theirs)), *(set(classes) - set(their_classes))]:
+        raise stage.UserError(
+            f"{config.conditions} does not tell {min(missing)}, which the priors were trained "
+            "with; give the shards of their images"
+        )
+    chosen = stream(config.seed, len(data), 0, count)
+    attributes = data.attributes[chosen][:, [theirs.index(name) for name in names]]
+    # classes the priors do not know, and the -1 of no class, are left open
+    number = np.array([*(classes.index(c) if c in classes else -1 for c in their_classes), -1])
+    return Asked(names, attributes, classes, number[data.labels[chosen]])
+
+
 def refuse_full_disk(config: SamplePrior, model: ImageModel, candidates: int) -> None:
     """UserError where images and codes would not fit; they are estimated by their raw size."""
     folder = config.out.absolute()
@@ -225,6 +266,7 @@ def make_protocol(
         **options,
         "attributes": config.wanted or None,
         "codes": given and given.codes.index.sha256,
+        "conditions": config.conditions and read_index(config.conditions).sha256,
         "mask": config.mask and hashlib.sha256(config.mask.read_bytes()).hexdigest(),
         "selector": selector and selector.sha256,
         "vqvae_sha256": model.sha256,
@@ -284,19 +326,20 @@ def codes_per_image(config: SamplePrior, model: ImageModel, given: GivenCodes | 
 
 def draw(
     config: SamplePrior, model: ImageModel, numbers: np.ndarray, given: GivenCodes | None,
-    selector: rejection.Selector | None, advance: Callable[[int], Any],
+    asked: Asked, selector: rejection.Selector | None, advance: Callable[[int], Any],
 ) -> None:  # fmt: skip
     """Draws the codes of images `numbers` (N,), and scores them, batch by batch."""
+    targets = selector and selector.targets(asked)
     for start in range(0, len(numbers), config.batch_size):
         batch = numbers[start : start + config.batch_size]
         codes = model.draw_codes(
-            torch.from_numpy(batch), config, given=given and given.of(batch),
-            resample=config.resample, progress=advance,
+            torch.from_numpy(batch), config, asked=asked.of(batch),
+            given=given and given.of(batch), resample=config.resample, progress=advance,
         )  # fmt: skip
         log_probs = torch.zeros(len(batch))
-        if selector:  # judges the images as files will hold them
+        if selector and targets is not None:  # judges the images as files will hold them
             images = pictures.to_uint8(model.decode(codes))
-            log_probs = selector.log_prob(pictures.to_unit(images, model.device))
+            log_probs = selector.log_prob(pictures.to_unit(images, model.device), targets[batch])
         arrays = {f"level{i}": c.cpu().numpy().astype("<u2") for i, c in enumerate(codes)}
         arrays |= {"numbers": batch, "log_probs": log_probs.double().cpu().numpy()}
         save_part(config.out / "drawn", arrays)
@@ -336,13 +379,18 @@ def png_bytes(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def about_image(asked: Asked, number: int) -> dict[str, Any]:
+    """What an image was asked for, as shards of images tell what theirs are of."""
+    signs = dict(zip(asked.attribute_names, asked.attributes[number].tolist(), strict=True))
+    about = {"attributes": {name: sign > 0 for name, sign in signs.items() if sign}}
+    label = int(asked.labels[number])
+    return about if label < 0 else {**about, "label": label}
+
+
 def decoded(
-    config: SamplePrior, model: ImageModel, numbers: list[int], drawn: Drawn, bar
+    config: SamplePrior, model: ImageModel, numbers: list[int], drawn: Drawn, asked: Asked, bar
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The samples of a shard; with format png writes the files on the way."""
-    about: dict[str, Any] = {"attributes": {k: sign > 0 for k, sign in config.wanted.items()}}
-    if config.label is not None:
-        about["label"] = model.class_number(config.label)
     for start in range(0, len(numbers), config.batch_size):
         batch = numbers[start : start + config.batch_size]
         levels = drawn.levels(batch)
@@ -356,7 +404,7 @@ def decoded(
                 members["png"] = png_bytes(images[row])
             else:
                 pictures.save_png(images[row], png_path(config, key))
-            yield key, {**members, "json": json.dumps(about).encode()}
+            yield key, {**members, "json": json.dumps(about_image(asked, number)).encode()}
         bar.update(len(batch))
 
 
@@ -398,14 +446,11 @@ def main(config: SamplePrior) -> None:
     refuse_full_disk(config, model, candidates)
     given = open_given(config, model, candidates)
     model.check(config, given and given.keep)
+    asked = asked_for(config, model, candidates)
     selector = None
     if config.selector:
-        label = None
-        if config.label is not None:
-            label = model.class_names[model.class_number(config.label)]
-        selector = rejection.load_selector(
-            config.selector, config.wanted, label, model.recipe, model.device
-        )
+        selector = rejection.load_selector(config.selector, model.recipe, model.device)
+        selector.targets(asked)  # raises for what it cannot judge by
     protocol = make_protocol(config, model, given, selector)
     note = config.out / "samples.json"
     old = json.loads(note.read_text()) if note.is_file() else {}
@@ -425,7 +470,7 @@ def main(config: SamplePrior) -> None:
     mine = np.array(missing[rank::world], np.int64)
     total = len(mine) * codes_per_image(config, model, given)
     with progress_bar(total, "drawing", unit="codes", disable=not first) as bar:
-        draw(config, model, mine, given, selector, bar.update)
+        draw(config, model, mine, given, asked, selector, bar.update)
     accelerator.wait_for_everyone()
 
     # Choose, and decode what was chosen.
@@ -435,7 +480,7 @@ def main(config: SamplePrior) -> None:
     parts = {i: chosen[i * SHARD_SIZE : (i + 1) * SHARD_SIZE] for i in todo[rank::world]}
     with progress_bar(sum(map(len, parts.values())), "decoding", disable=not first) as bar:
         for shard, numbers in parts.items():
-            samples = decoded(config, model, numbers, drawn, bar)
+            samples = decoded(config, model, numbers, drawn, asked, bar)
             info = write_shard(shard_path(config, shard), samples)
             stage.write_json(note_path(config, shard), dataclasses.asdict(info))
     accelerator.wait_for_everyone()

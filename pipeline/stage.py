@@ -6,37 +6,61 @@ A stage is a frozen dataclass (its config) and a `main(config)`. The last line o
         stage.run(TrainVQVAE, main, __doc__)
 """
 
+import ctypes
 import dataclasses
 import functools
 import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jsonargparse
+import yaml
 
 Config = TypeVar("Config")
 
 # flags that may stand without a value
-SWITCHES = ("dry_run", "flip", "flips", "cache", "compile", "binarize", "checkpoint_activations")
+SWITCHES = (
+    *("dry_run", "flip", "flips", "cache", "compile", "binarize", "checkpoint_activations"),
+    *("download", "force", "accuracy_score"),
+)
+
+MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**20, 16
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_REQUEUE = 0, 1, 2, 85
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+# What a cluster sends before it takes the machine away. A training run saves first; the other
+# stages end at once, and a second start goes on with what they have written.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+jsonargparse.set_parsing_settings(
+    docstring_parse_attribute_docstrings=True,
+    import_path_denylist=["*"],  # else `model: some.module` in a YAML file imports that module
+)
 
 
 class UserError(Exception):
     """Something the user can put right. The message is one line: what is wrong, and the way out."""
 
 
+class InUse(UserError):
+    """Another job works in the directory, so nothing in it may be touched."""
+
+
 class Requeue(Exception):
     """The stage saved its work and asks to be started again (exit code 85)."""
+
+    def __init__(self, message: str, images_seen: int = 0):
+        super().__init__(message)
+        self.images_seen = images_seen
 
 
 def is_rank_zero() -> bool:
@@ -81,6 +105,10 @@ def parse(
     parser = make_parser(config_type, description)
     try:
         words = _normal_flags(sys.argv[1:] if arguments is None else arguments)
+        for word, following in zip(words, [*words[1:], ""], strict=True):
+            name, equals, value = word.partition("=")
+            if name == "--config":
+                _check_yaml(Path(value if equals else following))
         values = parser.instantiate(parser.parse_args(words))
         values.pop("config", None)
         return config_type(**vars(values))
@@ -88,11 +116,26 @@ def parse(
         raise UserError(f"{' '.join(str(error).split())} (see --help)") from error
 
 
+def _check_yaml(path: Path) -> None:
+    """UserError for YAML of which a few lines unfold without end: aliases, and deep nesting."""
+    if not path.is_file():
+        return  # the parser will say so
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise UserError(f"{path} has more than {MAX_YAML_BYTES} bytes: not a config")
+    depth = 0
+    with suppress(yaml.YAMLError, UnicodeDecodeError):  # the parser will say so better
+        for event in yaml.parse(path.read_text(), yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > MAX_YAML_DEPTH:
+                raise UserError(f"{path}: write values out, without aliases (*) or deep nesting")
+
+
 def _normal_flags(words: Sequence[str]) -> list[str]:
     """`--dry-run` -> `--dry_run=true`: dashes in names, and flags without a value, as people type
     them."""
     normal = []
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
         if word.startswith("--"):
             name, equals, value = word.partition("=")
             word = "--" + name[2:].replace("-", "_") + equals + value
@@ -149,14 +192,38 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_status(out: Path | None, state: str, exit_code: int, reason: str, seen: int = 0) -> None:
-    """Launchers turn every failure into exit code 1, so the truth is left in a file."""
-    if out is None:
+    """Launchers turn every failure into exit code 1, so the truth is left in a file.
+
+    Of several ranks the first one to fail has the reason: the others miss it, and fail of that.
+    """
+    if out is None or (state != "done" and (out / "status.json").exists()):
         return
     status = {"state": state, "exit_code": exit_code, "reason": reason, "images_seen": seen}
     try:
         write_json(out / "status.json", status)
     except OSError as error:
         print(f"warning: {out / 'status.json'} was not written: {error}", file=sys.stderr)
+
+
+def ignore_stop_signals(worker: int = 0) -> None:
+    """For processes that help this one, such as a loader's workers: a signal to the whole job has
+    to leave them alone while this one saves."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_at_once(number: int, frame: Any) -> None:
+    """The handler of STOP_SIGNALS where nobody set another one."""
+    name = signal.Signals(number).name
+    raise Requeue(f"ended by {name}; started again it goes on with what it has written")
+
+
+def _end_with_launcher() -> None:
+    """Asks Linux for SIGTERM when the launcher dies, else its processes would go on without it. A
+    stage that somebody started by hand outlives the shell."""
+    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_DYNAMO_BACKEND" in os.environ
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def run(
@@ -166,33 +233,50 @@ def run(
 
     `main` may return the number of images seen, which goes into `<out>/status.json`.
     """
-    out: Path | None = None
+    _end_with_launcher()
+    before = {number: signal.signal(number, end_at_once) for number in STOP_SIGNALS}
     try:
-        config = parse(config_type, description=doc)
-        if not getattr(config, "dry_run", False):  # a dry run writes nothing
-            out = getattr(config, "out", None)
-        if out is not None and is_rank_zero():
-            (out / "status.json").unlink(missing_ok=True)  # of an earlier run
-        seen = main(config) or 0
+        code = _run(config_type, main, doc)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    sys.exit(code)
+
+
+def _run(config_type: type[Config], main: Callable[[Config], int | None], doc: str | None) -> int:
+    out: Path | None = None
+    of_rank = "" if is_rank_zero() else f" on rank {os.environ['RANK']}"
+    try:
+        try:
+            config = parse(config_type, description=doc)
+            if not getattr(config, "dry_run", False):  # a dry run writes nothing
+                out = getattr(config, "out", None)
+            if out is not None and is_rank_zero():
+                (out / "status.json").unlink(missing_ok=True)  # of an earlier run
+            seen = main(config) or 0
+        finally:
+            ignore_stop_signals()  # the rest takes a moment and leaves the truth behind
         if is_rank_zero():
             write_status(out, "done", EXIT_DONE, "", seen)
-        code = EXIT_DONE
+        return EXIT_DONE
     except UserError as error:
-        code, name = EXIT_USER_ERROR, ""
-        if not is_rank_zero():
+        if of_rank:
             # An error of all ranks is told by rank 0, whose launcher then ends this process; one
             # that only this rank has would otherwise be told by nobody.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-            name = f" on rank {os.environ['RANK']}"
-        write_status(out, "failed", code, f"{error}{name}")
-        print(f"error: {error}{name}", file=sys.stderr)
+            if out is not None and (out / "status.json").exists():
+                return EXIT_USER_ERROR
+        if not isinstance(error, InUse):
+            write_status(out, "failed", EXIT_USER_ERROR, f"{error}{of_rank}")
+        print(f"error: {error}{of_rank}", file=sys.stderr)
+        return EXIT_USER_ERROR
     except Requeue as error:
-        code = EXIT_REQUEUE
-        write_status(out, "requeue", code, str(error))
+        write_status(out, "requeue", EXIT_REQUEUE, str(error), error.images_seen)
+        return EXIT_REQUEUE
     except KeyboardInterrupt:
-        code = 130
-        write_status(out, "failed", code, "interrupted")
+        write_status(out, "failed", 130, "interrupted")
+        return 130
     except Exception as error:
-        write_status(out, "failed", EXIT_FAILED, f"{type(error).__name__}: {error}")
+        write_status(out, "failed", EXIT_FAILED, f"{type(error).__name__}: {error}{of_rank}")
         raise
-    sys.exit(code)

@@ -23,9 +23,11 @@ import torch
 from accelerate import Accelerator
 
 from pipeline import stage
+from pipeline.data import corruption
+from pipeline.data.corruption import CorruptConfig
 from pipeline.data.images import ImageSet, open_images
 from pipeline.data.loader import training_batches
-from pipeline.evaluation import judge, pictures
+from pipeline.evaluation import judge, model_card, pictures
 from pipeline.models.classifier import Classifier, ClassifierConfig, loss
 from pipeline.training import distributed, zero
 from pipeline.training.checkpoint import save_model
@@ -73,6 +75,7 @@ class TrainClassifier:
     """Loader processes; 0 is fastest with the cache."""
     cache: bool = True
     """Decode the shards once into a uint8 cache beside them; false = decode every time."""
+    corrupt: CorruptConfig = CorruptConfig()
 
     def __post_init__(self) -> None:
         for name in ("image_size", "total_images", "batch_size", "learning_rate"):
@@ -123,8 +126,13 @@ def main(config: TrainClassifier) -> int:
 
     # Data: rank 0 fills the cache, the others wait for it.
     with accelerator.main_process_first():
-        train = open_images(config.data, "train", config.image_size, cache=config.cache)
-        valid = open_images(config.data, "valid", config.image_size, cache=config.cache)
+        train, valid = (
+            open_images(
+                config.data, split, config.image_size,
+                cache=config.cache, corrupt=config.corrupt, seed=config.seed,
+            )
+            for split in ("train", "valid")
+        )  # fmt: skip
     task, chosen = judge.find_task(train, config.half, config.data)
     targets, part = judge.targets_of(train, task), rank_slice
 
@@ -150,6 +158,8 @@ def main(config: TrainClassifier) -> int:
         "classifier",
         f"{len(chosen):,} of {len(train):,} training images, {len(task.names)} {task.kind}",
     )
+    run.tracker.introduce(run.images_seen, "classifier", config)
+    corruption.write_list(config, train=train.faults, valid=valid.faults)
 
     batches = training_batches(
         _Fetch(train, chosen, targets), len(chosen), batch_size=config.batch_size, seed=config.seed,
@@ -170,6 +180,8 @@ def main(config: TrainClassifier) -> int:
         # Report, validate, save.
         if due.logs:
             values = run.means.values(world)
+            corrupt = np.flatnonzero(np.isin(chosen, train.corrupt))
+            values |= corruption.figures(config, corrupt, len(chosen), run.images_seen)
             run.log(values)
             run.tracker.show(loss=values["classifier/train_loss"])
         if due.validates and not due.ends:
@@ -179,6 +191,7 @@ def main(config: TrainClassifier) -> int:
 
     validation, per_output = validate()
     run.tracker.log(run.images_seen, validation)
+    run.tracker.compare(run.images_seen, config)
     run.tracker.close()
     if accelerator.is_main_process:
         about = {
@@ -189,6 +202,7 @@ def main(config: TrainClassifier) -> int:
             "skipped_constant_attributes": task.skipped,
             "half": config.half,
             "training_images": len(chosen),
+            "data": model_card.data_of(train.index, train.recipe),
             "data_index_sha256": train.index.sha256,
             "recipe": train.recipe.hash,
             **stage.provenance(),

@@ -37,11 +37,16 @@ from accelerate import Accelerator
 
 from pipeline import stage
 from pipeline.data.codes import CodeSet, open_codes
+from pipeline.data.images import ImageSet, open_images
 from pipeline.data.loader import training_batches
+from pipeline.evaluation import model_card, pictures
 from pipeline.models.priors import make_prior
+from pipeline.models.priors.noise import image_keys
 from pipeline.models.priors.prior import Prior, PriorConfig
-from pipeline.training import distributed, zero
-from pipeline.training.checkpoint import save_model
+from pipeline.models.priors.sampling import sample_codes
+from pipeline.models.vqvae import VQVAE
+from pipeline.training import distributed, scoring, zero
+from pipeline.training.checkpoint import load_model, model_sha256, save_model
 from pipeline.training.collectives import all_reduce_sum, rank_slice
 from pipeline.training.dry_run import peak_memory_gib, report_dry_run
 from pipeline.training.run import Run, step_seed
@@ -98,6 +103,20 @@ class TrainPrior:
     """Images between validations; each may renew final/."""
     save_every: int = 100_000
     """Images between checkpoints."""
+    score_every: int = 0
+    """Images between scores of samples against validation images, whose coarser codes, class and
+    attributes they are given; only for the finest level. 0 = never. They are figures of a run's
+    progress: few images, so not those of evaluate.py."""
+    score_images: int = 500
+    """Images that are scored, at most as many as the validation split has."""
+    judge: Path | None = None
+    """Run directory of train_classifier.py on whose features the scores are; None = Inception's,
+    where torch.hub has its published weights."""
+    checkpoint: Path | None = None
+    """Run directory of the VQ-VAE that decodes the scored samples; None = vqvae beside the
+    codes."""
+    data: Path | None = None
+    """Image shards the codes were made of, for the scores; None = shards beside the codes."""
     workers: int = 0
     """Loader processes; the codes are in memory, so 0 is fastest."""
     dry_run: bool = False
@@ -111,6 +130,7 @@ class TrainPrior:
             raise ValueError(f"patience must be at least 0, got {self.patience}")
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"condition_dropout must be in [0, 1), got {self.condition_dropout}")
+        scoring.check_config(self)
 
 
 def level_number(level: int | str, num_levels: int) -> int:
@@ -223,6 +243,47 @@ def validate(
     }
 
 
+def open_scored(config: TrainPrior, valid: CodeSet) -> tuple[VQVAE, ImageSet]:
+    """The VQ-VAE that made the validation codes, and the images it made them of; UserError where
+    these are others."""
+    origin: Any = valid.index.codes
+    checkpoint = config.checkpoint or config.codes.parent / "vqvae"
+    if model_sha256(checkpoint) != origin["checkpoint_sha256"]:
+        raise stage.UserError(
+            f"{config.codes} holds codes of another checkpoint than {checkpoint}; give theirs "
+            "with --checkpoint"
+        )
+    data = config.data or config.codes.parent / "shards"
+    images = open_images(data, "valid", origin["image_size"])
+    if images.index.sha256 != origin["data_index_sha256"]:
+        raise stage.UserError(
+            f"{config.codes} holds codes of other images than {data}; give theirs with --data"
+        )
+    return load_model(checkpoint, "vqvae"), images
+
+
+def decoded_samples(
+    prior: Prior, vqvae: VQVAE, codes: CodeSet, numbers: np.ndarray
+) -> scoring.Make:
+    """Makes images whose finest codes are drawn given the coarser codes, class and attributes of
+    the images `numbers` (N,); image n depends on n alone."""
+    level, device = len(codes.levels) - 1, prior.embed.weight.device
+    method = "rows-above" if prior.config.order == "raster" else "wavefront"
+
+    def make(where: slice) -> np.ndarray:
+        arrays = codes.fetch(numbers[where])
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        inputs = model_inputs(batch, level, device)
+        condition = prior.condition(
+            len(inputs["codes"]), inputs["coarser"], inputs["labels"], inputs["attributes"]
+        )
+        keys = image_keys(0, torch.from_numpy(numbers[where]).to(device), level)
+        drawn = sample_codes(prior, condition, keys, method=method).codes
+        return pictures.to_uint8(vqvae.decode_codes([*inputs["coarser"], drawn]))
+
+    return make
+
+
 def has_stopped(progress: Mapping[str, Any], patience: int) -> bool:
     """True if the last validation came `patience` images after the best one, or later. Until the
     next one nothing changes, so a resumed run ends where an uninterrupted one does."""
@@ -265,6 +326,15 @@ def main(config: TrainPrior) -> int:
         )  # fmt: skip
         return 0
 
+    scorer, sets = None, {}
+    if config.score_every and level == len(train.levels) - 1:
+        vqvae, images = open_scored(config, valid)
+        if scorer := scoring.make_scorer(config, images, accelerator):
+            name = "samples_given_coarser" if level else "samples"
+            sets[name] = decoded_samples(average.model, vqvae.to(device), valid, scorer.numbers)
+    elif config.score_every and accelerator.is_main_process:
+        print(f"level {level} is not scored: only the codes of the finest make an image")
+
     extra = {"best": None, "best_at": 0, "validated_at": 0}
     run = Run(config, model, average, steps, train.index.sha256, extra)
     run.resume()
@@ -274,6 +344,7 @@ def main(config: TrainPrior) -> int:
         f"prior {level}",
         f"level {level}, {len(train):,} training samples: {len(originals):,} images in {views}",
     )
+    run.tracker.introduce(run.images_seen, "prior", config, scorer and scorer.protocol)
 
     batches = training_batches(
         train.fetch, len(train), batch_size=config.batch_size, seed=config.seed,
@@ -315,15 +386,19 @@ def main(config: TrainPrior) -> int:
                         "level": level,
                         "images_seen": run.images_seen,
                         **validation,
+                        "data": model_card.data_of(train.index),
                         "codes": train.index.codes,
                         "attribute_names": train.index.attribute_names,
                         "class_names": train.index.class_names,
                         **stage.provenance(),
                     }
                     save_model(config.out, "prior", average.model, about)
+        if scorer and scorer.is_due(run, due):
+            scorer.score(run, sets)
         if due.saves or has_stopped(run.extra, config.patience):
             run.save()
 
+    run.tracker.compare(run.images_seen, config, {"prior/validation_nats_per_code": best})
     run.tracker.close()
     if accelerator.is_main_process:
         if has_stopped(run.extra, config.patience):

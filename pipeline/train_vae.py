@@ -26,15 +26,17 @@ import torch
 from accelerate import Accelerator
 
 from pipeline import stage
+from pipeline.data import corruption
 from pipeline.data.binarize import binarize
+from pipeline.data.corruption import CorruptConfig
 from pipeline.data.images import ImageSet, open_images
 from pipeline.data.loader import training_batches
-from pipeline.evaluation import latent_pictures, pictures
+from pipeline.evaluation import latent_pictures, model_card, pictures
 from pipeline.evaluation.information import active_units
-from pipeline.evaluation.vae_figures import Split
+from pipeline.evaluation.vae_figures import Split, conditions
 from pipeline.models.vae.objectives import Objective, check_objective
 from pipeline.models.vae.vae import VAE, VAEConfig
-from pipeline.training import distributed, zero
+from pipeline.training import distributed, scoring, zero
 from pipeline.training.checkpoint import save_model
 from pipeline.training.collectives import all_reduce_sum, rank_slice
 from pipeline.training.dry_run import report_dry_run
@@ -93,10 +95,19 @@ class TrainVAE:
     """Images between validations (and pictures)."""
     save_every: int = 40_000
     """Images between checkpoints."""
+    score_every: int = 0
+    """Images between scores of samples and reconstructions against validation images; 0 = never.
+    They are figures of a run's progress: few images, so not those of evaluate.py."""
+    score_images: int = 500
+    """Images that are scored, at most as many as the validation split has."""
+    judge: Path | None = None
+    """Run directory of train_classifier.py on whose features the scores are; None = Inception's,
+    where torch.hub has its published weights."""
     workers: int = 0
     """Loader processes; 0 is fastest with the cache."""
     cache: bool = True
     """Decode the shards once into a uint8 cache beside them; false = decode every time."""
+    corrupt: CorruptConfig = CorruptConfig()
     dry_run: bool = False
     """Print parameters, memory, disk and the time to the end, from ten steps, and stop."""
 
@@ -117,6 +128,7 @@ class TrainVAE:
         if self.model.prior == "learned" and self.condition == "none":
             raise ValueError("model.prior learned is p(z|y): set condition to class or attributes")
         check_objective(self.model, self.objective)
+        scoring.check_config(self)
 
 
 def model_config(config: TrainVAE, images: ImageSet) -> VAEConfig:
@@ -187,6 +199,26 @@ def show_pictures(split: Split, run: Run) -> None:
         pictures.save_png(grid, run.config.out / f"{name}.png")
 
 
+@torch.no_grad()
+def scored_sets(split: Split, numbers: np.ndarray) -> dict[str, scoring.Make]:
+    """Samples of p(z|y) with the conditions of the images `numbers` (N,), and the reconstructions
+    of these; both are means of p(x|z), as in compare.py."""
+    model, y = split.model, conditions(split.model, split.images, numbers)
+    z = latent_pictures.prior_latents(model, y, seed=0)
+
+    def samples(where: slice) -> np.ndarray:
+        return pictures.to_uint8(model.decode_mean(z[where], y[where]))
+
+    def reconstructions(where: slice) -> np.ndarray:
+        images = pictures.to_unit(split.images[numbers[where]], split.device)
+        if split.binarized:
+            images = binarize(images, numbers[where], seed=0)
+        means = model.posterior(images, y[where]).mean
+        return pictures.to_uint8(model.decode_mean(means, y[where]))
+
+    return {"samples": samples, "reconstructions": reconstructions}
+
+
 def main(config: TrainVAE) -> int:
     accelerator = distributed.make_accelerator()
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -200,8 +232,13 @@ def main(config: TrainVAE) -> int:
 
     # Data: rank 0 fills the cache, the others wait for it.
     with accelerator.main_process_first():
-        train = open_images(config.data, "train", config.image_size, cache=config.cache)
-        valid = open_images(config.data, "valid", config.image_size, cache=config.cache)
+        train, valid = (
+            open_images(
+                config.data, split, config.image_size,
+                cache=config.cache, corrupt=config.corrupt, seed=config.seed,
+            )
+            for split in ("train", "valid")
+        )  # fmt: skip
     if len(valid) < world:
         raise stage.UserError(
             f"{config.data} has {len(valid)} validation images, fewer than the {world} processes"
@@ -245,9 +282,12 @@ def main(config: TrainVAE) -> int:
         )  # fmt: skip
         return 0
 
+    scorer = scoring.make_scorer(config, valid, accelerator) if config.score_every else None
     run = Run(config, model, average, steps, train.index.sha256)
     run.resume()
     run.start("vae", f"{len(train):,} training images")
+    corruption.write_list(config, train=train.faults, valid=valid.faults)
+    run.tracker.introduce(run.images_seen, "vae", config, scorer and scorer.protocol)
 
     batches = training_batches(
         train.fetch, len(train), batch_size=config.batch_size, seed=config.seed,
@@ -272,6 +312,7 @@ def main(config: TrainVAE) -> int:
         # Report, validate, save.
         if due.logs:
             values = run.means.values(world)
+            values |= corruption.figures(config, train.corrupt, len(train), run.images_seen)
             run.log(values)
             run.tracker.show(loss=values["vae/loss"], **validation_brief(validation))
         if due.validates:
@@ -279,9 +320,12 @@ def main(config: TrainVAE) -> int:
             run.tracker.log(run.images_seen, validation)
             if accelerator.is_main_process:
                 show_pictures(split, run)
+        if scorer and scorer.is_due(run, due):
+            scorer.score(run, scored_sets(split, scorer.numbers))
         if due.saves:
             run.save()
 
+    run.tracker.compare(run.images_seen, config)
     run.tracker.close()
     if not validation:  # an earlier run reached the end, but not this line
         validation = validate(split, config.batch_size, accelerator)
@@ -290,6 +334,7 @@ def main(config: TrainVAE) -> int:
             "config": stage.to_dict(config),
             "images_seen": run.images_seen,
             "validation": validation,
+            "data": model_card.data_of(train.index, train.recipe),
             "data_index_sha256": train.index.sha256,
             "recipe": train.recipe.hash,
             "attribute_names": train.index.attribute_names,

@@ -25,12 +25,14 @@ import torch
 from accelerate import Accelerator
 
 from pipeline import stage
+from pipeline.data import corruption
+from pipeline.data.corruption import CorruptConfig
 from pipeline.data.images import ImageSet, open_images, pixel_variance
 from pipeline.data.loader import training_batches
-from pipeline.evaluation import pictures
+from pipeline.evaluation import model_card, pictures
 from pipeline.models.quantizers import usage
 from pipeline.models.vqvae import VQVAE, VQVAEConfig, loss
-from pipeline.training import distributed, zero
+from pipeline.training import distributed, projector, scoring, zero
 from pipeline.training.checkpoint import save_model
 from pipeline.training.codebooks import (
     Codebooks,
@@ -93,6 +95,14 @@ class TrainVQVAE:
     """Images between validations (and reconstruction grids)."""
     save_every: int = 40_000
     """Images between checkpoints."""
+    score_every: int = 0
+    """Images between scores of reconstructions against validation images; 0 = never. They are
+    figures of a run's progress: few images, so not those of evaluate.py."""
+    score_images: int = 500
+    """Images that are scored, at most as many as the validation split has."""
+    judge: Path | None = None
+    """Run directory of train_classifier.py on whose features the scores are; None = Inception's,
+    where torch.hub has its published weights."""
     compare_every: int = 20_000
     """Images between comparisons of the ranks' codebooks, which have to be the same; before every
     checkpoint besides."""
@@ -100,6 +110,7 @@ class TrainVQVAE:
     """Loader processes; 0 is fastest with the cache."""
     cache: bool = True
     """Decode the shards once into a uint8 cache beside them; false = decode every time."""
+    corrupt: CorruptConfig = CorruptConfig()
     dry_run: bool = False
     """Print parameters, memory, disk and the time to the end, from ten steps, and stop."""
 
@@ -113,6 +124,7 @@ class TrainVQVAE:
         for name in ("level_dropout", "revival_rest"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        scoring.check_config(self)
         self.model.grids(self.image_size, self.image_size)
 
 
@@ -162,6 +174,18 @@ def reconstruction_grid(model: VQVAE, images: ImageSet, device: torch.device, co
     originals = images[slice(0, count)]
     reconstructions = model(pictures.to_unit(originals, device)).reconstructions
     return pictures.pairs(originals, pictures.to_uint8(reconstructions), columns=8)
+
+
+def reconstructions(
+    model: VQVAE, images: ImageSet, numbers: np.ndarray, device: torch.device
+) -> scoring.Make:
+    """Makes the reconstructions of the images `numbers` (N,)."""
+
+    def make(where: slice) -> np.ndarray:
+        batch = pictures.to_unit(images[numbers[where]], device)
+        return pictures.to_uint8(model(batch).reconstructions)
+
+    return make
 
 
 def levels_kept(
@@ -249,8 +273,13 @@ def main(config: TrainVQVAE) -> int:
 
     # Data: rank 0 fills the cache, the others wait for it.
     with accelerator.main_process_first():
-        train = open_images(config.data, "train", config.image_size, cache=config.cache)
-        valid = open_images(config.data, "valid", config.image_size, cache=config.cache)
+        train, valid = (
+            open_images(
+                config.data, split, config.image_size,
+                cache=config.cache, corrupt=config.corrupt, seed=config.seed,
+            )
+            for split in ("train", "valid")
+        )  # fmt: skip
     if train.recipe.channels != config.model.in_channels:
         raise stage.UserError(
             f"{config.data} has images of {train.recipe.channels} channels; "
@@ -298,11 +327,17 @@ def main(config: TrainVQVAE) -> int:
         )  # fmt: skip
         return (Part(pictures.to_unit(batch["images"], device), first_image) for batch in batches)
 
+    scorer, sets = None, {}
+    if config.score_every and (scorer := scoring.make_scorer(config, valid, accelerator)):
+        sets["reconstructions"] = reconstructions(average.model, valid, scorer.numbers, device)
+
     run = Run(config, model, average, steps, train.index.sha256, before_save=codebooks.check_equal)
     if not run.resume():
         place_codes(model, config, batches_from(0), accelerator)
         average.model.load_state_dict(model.state_dict())
     run.start("vqvae", f"{len(train):,} training images, variance {variance:.5f}")
+    corruption.write_list(config, train=train.faults, valid=valid.faults)
+    run.tracker.introduce(run.images_seen, "vqvae", config, scorer and scorer.protocol)
 
     batches, validation = batches_from(run.images_seen), {}
     use = CodebookUse(config.model.codebook_sizes, device)
@@ -323,6 +358,7 @@ def main(config: TrainVQVAE) -> int:
             codebooks.check_equal()
         if due.logs:
             values = run.means.values(world) | use.values()
+            values |= corruption.figures(config, train.corrupt, len(train), run.images_seen)
             run.log(values)
             run.tracker.show(mse=values["loss/reconstruction"], loss=values["loss/total"])
         if due.validates:
@@ -332,9 +368,13 @@ def main(config: TrainVQVAE) -> int:
                 grid = reconstruction_grid(average.model, valid, device)
                 run.tracker.image(run.images_seen, "reconstructions", grid)
                 pictures.save_png(grid, config.out / "reconstructions.png", scale=2)
+        if scorer and scorer.is_due(run, due):
+            scorer.score(run, sets)
         if due.saves:
             run.save()
 
+    projector.write_codebooks(run.tracker, run.images_seen, average.model, valid)
+    run.tracker.compare(run.images_seen, config)
     run.tracker.close()
     if not validation:  # an earlier run reached the end, but not this line
         validation = validate(average.model, valid, config.batch_size, accelerator)
@@ -344,6 +384,7 @@ def main(config: TrainVQVAE) -> int:
             "images_seen": run.images_seen,
             "validation": validation,
             "data_variance": variance,
+            "data": model_card.data_of(train.index, train.recipe),
             "data_index_sha256": train.index.sha256,
             "recipe": train.recipe.hash,
             **stage.provenance(),

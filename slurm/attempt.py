@@ -1,7 +1,7 @@
 """What run.sbatch asks about a start of a stage. Standard library only.
 
-    python slurm/attempt.py begin OUT        fails where several starts in a row got no further
-    python slurm/attempt.py end OUT CODE     prints the stage's exit code; launchers make all of them 1
+python slurm/attempt.py begin OUT        fails where several starts in a row got no further
+python slurm/attempt.py end OUT CODE     prints the exit code of the stage: launchers make all 1
 """
 
 import json

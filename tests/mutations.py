@@ -25,9 +25,9 @@ def no_all_reduce():
 
 def no_finite_check():
     """Losses are not looked at before the backward pass."""
-    from pipeline.training import steps
+    from pipeline.training.control import Control
 
-    steps.all_true = lambda flag: True
+    Control.agree = lambda self, finite: True
 
 
 def no_reset_on_revival():

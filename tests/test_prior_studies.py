@@ -21,12 +21,9 @@ from prior_studies import (
     RUNS,
     Material,
     accuracy_rows,
-    agreement,
     attribute_rows,
-    base_rate,
     draw_chart,
     figures,
-    most_balanced,
     others,
     ratio,
     sampling_speeds,
@@ -35,6 +32,7 @@ from prior_studies import (
     trained_rows,
 )
 
+from pipeline.evaluation.accuracy_score import agreement, base_rate
 from pipeline.evaluation.pictures import to_uint8
 from pipeline.image_model import load_model
 from pipeline.models.priors import PRIORS, make_prior
@@ -177,12 +175,6 @@ def test_errors_are_over_the_images_and_unknown_attributes_do_not_count():
     assert second["all_se"] == 0
     assert first["base"] == pytest.approx(0.5 * 0.25 + 0.5 * 0.75)
     assert second["base"] == pytest.approx(0.5 * 2 / 3 + 0.5 * 1 / 3)
-
-
-def test_the_most_balanced_attributes_come_first_and_others_not_at_all(monkeypatch):
-    monkeypatch.setattr(prior_studies, "NUM_ATTRIBUTES", 3)
-    attributes = np.where(np.arange(10)[:, None] < [1, 5, 6, 3, 8], 1, -1)
-    assert most_balanced(attributes, "abcde", {"a", "c", "d", "e", "z"}) == ["c", "d", "e"]
 
 
 @pytest.fixture

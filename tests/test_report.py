@@ -1,121 +1,190 @@
-"""The report, and the evaluation stage from shards to report."""
+"""The report: JSON and Markdown that agree, and reports side by side."""
 
+import copy
 import json
 
-import numpy as np
 import pytest
-import torch
-from test_classifier import one_thread, toy_shards  # noqa: F401
+from test_protocol import JUDGE, make_figure, make_protocol, make_report
 
-from pipeline import evaluate
-from pipeline.data.images import open_images
-from pipeline.evaluation import pictures
-from pipeline.evaluation.report import FIGURE_KEYS, PROTOCOL_KEYS, markdown, write_report
-from pipeline.models.classifier import Classifier, ClassifierConfig
-from pipeline.models.vqvae import VQVAE, VQVAEConfig
+from pipeline.evaluation.report import (
+    FORCED,
+    compare_reports,
+    comparison_markdown,
+    headline,
+    markdown,
+    number,
+    read_report,
+    write_report,
+)
 from pipeline.stage import UserError
-from pipeline.training.checkpoint import model_sha256, save_model
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run tree with shards, an untrained model, an untrained judge and noise as samples."""
-    root = tmp_path_factory.mktemp("run")
-    shards = toy_shards(root / "shards", 80, 40)
-    recipe = open_images(shards, "train", 32).recipe.hash
-    torch.manual_seed(0)
-    model = VQVAE(VQVAEConfig(channels=8, residual_channels=8, codebook_size=(8,), code_dim=4))
-    about = {"config": {"image_size": 32}, "images_seen": 640, "recipe": recipe, "validation": {}}
-    save_model(root / "vqvae", "vqvae", model, about)
-    names = ("a", "b")
-    judge = Classifier(ClassifierConfig(num_outputs=2, channels=8, kind="attributes", names=names))
-    save_model(root / "judge", "classifier", judge, {**about, "half": 1})
-    rng = np.random.default_rng(0)
-    for index in range(24):
-        image = rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)
-        pictures.save_png(image, root / f"samples/images/{index:06d}.png")
-    protocol = {"vqvae_sha256": model_sha256(root / "vqvae"), "num_images": 24, "seed": 5}
-    (root / "samples/samples.json").write_text(json.dumps(protocol))
-    return root
+def write(out, report):
+    write_report(out, report["protocol"], report["figures"], report["pictures"],
+                 report["curves"], report["absent"])  # fmt: skip
 
 
-def config(run, out, **changes):
-    values = {"data": run / "shards", "checkpoint": run / "vqvae", "judge": run / "judge"}
-    values |= {"samples": run / "samples", "out": out}
-    return evaluate.Evaluate(**(values | changes))
+def cells(text, first):
+    """The cells of the only line of a Markdown table whose first cell is this."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-@pytest.fixture(scope="module")
-def report(run, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out") / "evaluation"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.hub, "get_dir", lambda: str(run))  # no weights in the user's cache
-        assert evaluate.main(config(run, out)) == 640
-    return out
+def test_a_report_reads_back_and_its_markdown_is_of_the_json_alone(tmp_path):
+    report = make_report()
+    write(tmp_path, report)
+    assert read_report(tmp_path) == report == read_report(tmp_path / "report.json")
+    assert (tmp_path / "report.md").read_text() == markdown(report)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md"}
 
 
-def test_report_is_complete_and_reads_back(report, run):
-    document = json.loads((report / "report.json").read_text())
-    assert set(document["protocol"]) == PROTOCOL_KEYS
-    assert all(set(figure) == FIGURE_KEYS for figure in document["figures"])
-    assert document["protocol"]["num_images"] == 24
-    assert document["protocol"]["checkpoint"]["sha256"] == model_sha256(run / "vqvae")
-    assert document["protocol"]["samples"]["seed"] == 5
-    judged = [figure for figure in document["figures"] if figure["features"] == "judge"]
-    assert {figure["images"] for figure in judged} == {
-        "floor", "reconstructions", "blurred", "samples"
+def test_markdown_has_every_figure_in_its_row_and_column():
+    text = markdown(make_report())
+    assert "# Features: judge (aaaaaaaa)" in text
+    assert cells(text, "images") == [
+        "images", "n", "Fréchet distance ↓", "KID ↓", "precision ↑"
+    ]  # fmt: skip
+    floor = cells(text, "real against real (floor)")
+    assert floor[1:] == ["256", "1.45 [0.7781, 2.123]", "-0.01348 ± 0.02006", "-"]
+    assert "| samples | 128 against 256 | - | - | 0.832 |" in text
+    assert "| samples | 256 | 6.608 [4.862, 8.354] | 0.2918 ± 0.0464 | - |" in text
+    assert "| samples: top 10 % | 256 against 512 | - | 0.212 | - |" in text
+    samples, reconstructions = cells(text, "figure")[1:]
+    assert samples.startswith("samples") and reconstructions.startswith("reconstructions")
+    assert cells(text, "PSNR, dB ↑")[1:] == ["-", "26.14"]
+    assert cells(text, "level0: codes used")[1:] == ["-", "123,456"]
+    label = "CAS, average precision ↑: Smiling, judge (aaaaaaaa)"
+    assert cells(text, label)[1:] == ["0.7123", "-"]
+    # the curve, the rest
+    assert cells(text, "1/n") == ["1/n", "samples", "floor"]
+    assert cells(text, "0") == ["0", "5.91 ± 0.4", "0.12 ± 0"]
+    assert cells(text, "0.01") == ["0.01", "7.77", "-"]
+    assert "![samples](samples.png)" in text and "- LPIPS: no weights" in text
+    assert cells(text, "checkpoint.sha256")[1] == "c" * 64
+
+
+def test_hostile_names_do_not_break_markdown():
+    report = make_report(
+        protocol=make_protocol(data="a|b\n| c |"), pictures={"near": "near (1).png"}
+    )
+    assert "| data | a\\|b \\| c \\| |" in markdown(report)
+    assert "![near](near%20%281%29.png)" in markdown(report)
+
+
+def test_numbers_keep_four_digits_and_all_before_the_point():
+    assert [number(x) for x in (0.000123456, 12.3456, 9999.4, 123456.7, -54321.0)] == [
+        "0.0001235", "12.35", "9999", "123,457", "-54,321"
+    ]  # fmt: skip
+
+
+def test_the_headline_is_kid_for_few_images_and_fid_on_inception_features_alone():
+    few = headline(make_report())
+    assert (few.name, few.figure["value"], few.floor["value"]) == ("KID", 0.291765, -0.013477)
+    many = make_report(protocol=make_protocol(num_images=10_000))
+    found = headline(many)
+    assert (found.name, found.figure["value"], found.why) == ("Fréchet distance", 6.6078, "")
+    inception = make_figure("samples", "frechet", 3.5, features="inception")
+    floor = make_figure("floor", "frechet", 0.7, features="inception")
+    many["figures"] += [inception, floor]
+    found = headline(many)
+    assert (found.name, found.figure, found.floor) == ("FID", inception, floor)
+    seeds = [make_figure(f"samples:seed{n}", "kid", n / 10) for n in range(3)]
+    mean = make_figure("samples", "kid", 0.1, spread=0.1)
+    assert headline(make_report(figures=[*seeds, mean])).figure == mean
+    assert headline(make_report(figures=seeds)).figure == seeds[0]
+    reconstructions = [make_figure("reconstructions", "kid", 0.1)]
+    found = headline(make_report(figures=reconstructions))
+    assert found.figure == reconstructions[0] and found.floor is None
+    assert "real against real: not measured" in markdown(make_report(figures=reconstructions))
+    limit = make_figure("samples", "frechet_extrapolated", 3.1, features="inception")
+    assert "| FID, n → ∞ ↓ |" in markdown(make_report(figures=[limit]))
+    pixels = make_report(figures=[make_figure("reconstructions", "psnr", 26.0, features=None)])
+    assert headline(pixels) is None and "No distance between" in markdown(pixels)
+
+
+def test_what_is_incomplete_unknown_or_not_finite_is_refused_and_nothing_written(tmp_path):
+    def changed(**changes):
+        report = copy.deepcopy(make_report())
+        report["figures"][0] |= changes
+        return report
+
+    lacking = changed()
+    del lacking["figures"][0]["spread"]
+    twice = make_report()
+    twice["figures"] = [*twice["figures"], twice["figures"][0]]
+    hidden = make_report()  # another tag, but the same cell of the same table
+    hidden["figures"] = [*hidden["figures"], hidden["figures"][0] | {"tag": "evaluation/other"}]
+    curve = copy.deepcopy(make_report())
+    curve["curves"]["Fréchet over 1/n"]["series"]["samples"][1][1] = float("inf")
+    protocol = make_protocol()
+    del protocol["seed"]
+    cases = {
+        "is nan": changed(value=float("nan")), "unknown: mean": changed(mean=1.0),
+        "unknown: spread": lacking, "kid/judge is there twice|frechet/judge is there twice": twice,
+        "evaluation/other is there twice": hidden, "has the point 0.01, inf": curve,
+        "protocol: .*: seed": make_report(protocol=protocol),
     }  # fmt: skip
-    assert {figure["features_sha256"] for figure in judged} == {model_sha256(run / "judge")}
-    assert not any("fid" in figure["tag"] for figure in document["figures"])
-
-
-def test_figures_are_the_same_in_markdown_json_and_metrics(report):
-    document = json.loads((report / "report.json").read_text())
-    text = (report / "report.md").read_text()
-    assert text == markdown(document)
-    metrics = json.loads((report / "metrics.jsonl").read_text())
-    for figure in document["figures"]:
-        assert f"{figure['value']:.4g}" in text
-        assert metrics[figure["tag"]] == figure["value"]
-    assert metrics["images_seen"] == 640 and "frechet/judge" in metrics
-    for path in document["pictures"].values():
-        assert f"({path})" in text and (report / path).is_file()
-
-
-def test_missing_keys_and_nan_are_refused(report, tmp_path):
-    document = json.loads((report / "report.json").read_text())
-    protocol, figures = document["protocol"], document["figures"]
-    for key in PROTOCOL_KEYS:
-        with pytest.raises(ValueError, match=key):
-            write_report(tmp_path, {k: v for k, v in protocol.items() if k != key}, figures, {})
-    with pytest.raises(ValueError, match="nan"):
-        write_report(tmp_path, protocol, [{**figures[0], "value": float("nan")}], {})
+    for message, report in cases.items():
+        with pytest.raises(ValueError, match=message):
+            write(tmp_path, report)
     assert not list(tmp_path.iterdir())
 
 
-def test_user_errors_come_before_anything_is_written(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(run))
-    out = tmp_path / "out"
-    cases = [
-        ("--inception_weights", {"judge": None}),
-        ("does not fit", {"num_images": 30}),
-        ("not decoded by", {"checkpoint": other_checkpoint(run, tmp_path)}),
-        ("samples.json", {"samples": tmp_path}),
-        ("cannot be read", {"inception_weights": tmp_path / "absent.pth"}),
-    ]
-    for message, changes in cases:
-        with pytest.raises(UserError, match=message) as refusal:
-            evaluate.main(config(run, out, **changes))
+def test_files_that_are_no_reports_are_refused_in_one_line(tmp_path):
+    old = {key: make_report()[key] for key in ("protocol", "figures", "pictures")}
+    for text in ("", "[]", "{}", json.dumps(old), '{"protocol"'):
+        (tmp_path / "report.json").write_text(text)
+        with pytest.raises(UserError, match="is no report") as refusal:
+            read_report(tmp_path)
         assert "\n" not in str(refusal.value)
-    assert not out.exists()
-    with pytest.raises(ValueError, match="num_images must be at least 16"):
-        config(run, out, num_images=3)
+    with pytest.raises(UserError, match="absent"):
+        read_report(tmp_path / "absent")
 
 
-def other_checkpoint(run, tmp_path):
-    about = json.loads((run / "vqvae/final/config.json").read_text())
-    kept = {key: about[key] for key in ("config", "images_seen", "recipe", "validation")}
-    torch.manual_seed(1)
-    model = VQVAE(VQVAEConfig(channels=8, residual_channels=8, codebook_size=(8,), code_dim=4))
-    save_model(tmp_path / "other", "vqvae", model, kept)
-    return tmp_path / "other"
+def test_reports_of_one_protocol_stand_side_by_side(tmp_path):
+    other = make_report(figures=[make_figure("samples", "kid", 0.5), *make_report()["figures"][:2]])
+    for name, report in (("a", make_report()), ("b", other)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, report)
+    names = [str(tmp_path / name) for name in "ab"]
+    comparison = compare_reports([tmp_path / "a", tmp_path / "b" / "report.json"])
+    assert list(comparison["reports"]) == names and comparison["differences"] == []
+    assert comparison == json.loads(json.dumps(comparison))
+    text = comparison_markdown(comparison)
+    assert FORCED not in text and cells(text, "PSNR, dB ↑")[1:] == ["26.14", "-"]
+    assert "| KID ↓, judge (aaaaaaaa) | 0.2918 ± 0.0464 | 0.5 |" in text
+    for paths in ([], [tmp_path / "a"], [tmp_path / "a", tmp_path / "a" / "report.json"]):
+        with pytest.raises(UserError, match="at least two reports"):
+            compare_reports(paths)
+
+
+def test_reports_of_different_protocols_are_refused_by_key_unless_forced(tmp_path):
+    figures = make_report()["figures"]
+    judge = [figure | {"features_sha256": "b" * 64} for figure in figures if figure["features"]]
+    reports = {
+        "a": make_report(),
+        "split": make_report(protocol=make_protocol(split="test")),
+        "judge": make_report(protocol=make_protocol(features={"judge": {"sha256": "b" * 64}}),
+                             figures=judge),
+        "count": make_report(figures=[figures[0] | {"num_images": 99}]),
+    }  # fmt: skip
+    for name, report in reports.items():
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, report)
+    messages = {
+        "split": f"split is valid in {tmp_path}/a, test in {tmp_path}/split",
+        "judge": f"features.judge is {JUDGE} in {tmp_path}/a, {'b' * 64} in",
+        "count": "evaluation/floor/frechet/judge is of other counts: 256 in",
+    }
+    for name, message in messages.items():
+        paths = [tmp_path / "a", tmp_path / name]
+        with pytest.raises(UserError) as refusal:
+            compare_reports(paths)
+        assert message in str(refusal.value) and "\n" not in str(refusal.value)
+        comparison = compare_reports(paths, force=True)
+        assert message in comparison["differences"][0]
+        text = comparison_markdown(comparison)
+        assert f"**{FORCED}**" in text and message in text
+    # figures of two judges are never in one row
+    rows = compare_reports([tmp_path / "a", tmp_path / "judge"], force=True)["rows"]
+    assert all(len(row["figures"]) == 1 for row in rows)

@@ -8,7 +8,7 @@ import torch
 from conftest import metrics
 from torch import nn
 
-from pipeline.stage import UserError
+from pipeline.stage import Requeue, UserError
 from pipeline.training.distributed import make_accelerator
 from pipeline.training.run import Run
 from pipeline.training.steps import Steps
@@ -132,6 +132,7 @@ def test_a_resumed_run_has_its_clock_its_weights_and_what_the_stage_kept(tmp_pat
     step(run, NAN)
     run.extra["best"] = 1.5
     run.save()
+    run.finish_saving()
     again = make(tmp_path, extra={"best": None})
     assert again.resume()
     assert again.extra == {"best": 1.5}
@@ -161,3 +162,68 @@ def test_nothing_is_saved_where_the_check_before_it_fails(tmp_path):
     with pytest.raises(RuntimeError, match="the ranks differ"):
         make(tmp_path, before_save=check).start("x", "")
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_that_is_asked_to_stop_saves_after_the_step_and_begins_no_other(tmp_path):
+    run = make(tmp_path)
+    run.resume()
+    run.start("x", "")
+    assert not step(run).saves
+    run.control.asked = "SIGUSR1"
+    due = step(run)
+    assert (due.saves, due.logs, due.ends) == (True, True, False)
+    run.save()
+    with pytest.raises(Requeue, match="stopped by SIGUSR1 at 16 images") as stopped:
+        step(run)
+    assert stopped.value.images_seen == 16
+    assert run.checkpoints.newest().images_seen == 16
+
+
+def test_a_run_that_is_asked_to_stop_in_its_last_step_is_done(tmp_path):
+    run = make(tmp_path, changes={"total_images": 16})
+    run.start("x", "")
+    step(run)
+    run.control.asked = "SIGTERM"
+    due = step(run)
+    assert due.ends and due.saves
+    run.save()
+    assert run.end() == 16
+
+
+@pytest.mark.parametrize(("name", "stops"), [("STOP", True), ("STOP.7", True), ("STOP.8", False)])
+def test_a_stop_file_is_of_this_job_or_of_any_and_is_used_up(tmp_path, monkeypatch, name, stops):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run = make(tmp_path)
+    run.start("x", "")
+    (tmp_path / name).touch()
+    run.control._looked = 0.0  # it looks once in a second
+    assert step(run).saves == stops
+    if stops:
+        run.save()
+        with pytest.raises(Requeue, match=f"the file {name} at 8 images"):
+            step(run)
+    assert (tmp_path / name).exists() != stops
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_after_the_next_step(
+    tmp_path, monkeypatch
+):
+    run = make(tmp_path)
+    run.start("x", "")
+    step(run)
+    monkeypatch.setenv("FAILPOINT", "after-sync:EIO")
+    run.save()
+    run.checkpoints.wait()
+    with pytest.raises(UserError, match=r"at 8 images could not be written: .*Input/output"):
+        step(run)
+    assert run.checkpoints.newest().images_seen == 0
+
+
+def test_the_last_checkpoint_is_waited_for_and_its_failure_is_one_of_the_run(tmp_path, monkeypatch):
+    run = make(tmp_path, changes={"total_images": 8})
+    run.start("x", "")
+    step(run)
+    monkeypatch.setenv("FAILPOINT", "after-manifest:ENOSPC")
+    run.save()
+    with pytest.raises(UserError, match="No space left on device"):
+        run.end()

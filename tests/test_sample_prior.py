@@ -16,7 +16,8 @@ from test_image_model import ATTRIBUTES, save_run
 from pipeline import sample_prior, stage
 from pipeline.data.codes import open_codes
 from pipeline.data.images import open_images
-from pipeline.data.index import read_index, write_index
+from pipeline.data.index import Index, read_index, write_index
+from pipeline.data.shards import ShardReader, write_shard
 from pipeline.evaluation.pictures import to_uint8
 from pipeline.evaluation.sets import SampleFiles
 from pipeline.image_model import load_model
@@ -48,6 +49,31 @@ def tree(tmp_path_factory):
 def config_of(tree, out, **changes) -> SamplePrior:
     options = {"checkpoint": tree / "vqvae", "num_images": 6, "columns": 3, **changes}
     return SamplePrior(out=out, **options)
+
+
+@pytest.fixture(scope="module")
+def conditions(tmp_path_factory):
+    """Shards of five grey images with attributes and classes, in an order that is not the priors';
+    some of them are unknown."""
+    root = tmp_path_factory.mktemp("conditions")
+    attributes = [(1, 1), (1, -1), (-1, 0), (0, 0), (-1, 1)]
+    samples = []
+    for number, (glasses, smiling) in enumerate(attributes):
+        signs = {"Eyeglasses": glasses, "Hat": 1, "Smiling": smiling}
+        about = {"attributes": {name: sign > 0 for name, sign in signs.items() if sign}}
+        if number:
+            about["label"] = number - 1
+        members = {
+            "png": sample_prior.png_bytes(np.full((SIZE, SIZE, 3), number, np.uint8)),
+            "json": json.dumps(about).encode(),
+        }
+        samples.append((f"{number}", members))
+    index = Index(
+        source="faces", splits={"train": (write_shard(root / "train-00000.tar", samples),)},
+        attribute_names=("Eyeglasses", "Hat", "Smiling"), class_names=("owl", "cow", "dog", "cat"),
+    )  # fmt: skip
+    write_index(root, index)
+    return root
 
 
 def pixels(directory) -> np.ndarray:
@@ -178,6 +204,74 @@ def test_rejection_keeps_those_that_the_selector_ranks_first(tree, tmp_path):
     assert {tuple(part % 2) for part in parts} == {(0,) * 4, (1,) * 4, (1,) * 3}
 
 
+def test_each_image_is_asked_for_what_an_image_of_the_data_has(tree, conditions, tmp_path):
+    """Each of the five before one comes again; image n as if it alone were asked for that."""
+    options = {"conditions": conditions, "num_images": 13, "seed": 3}
+    main(config_of(tree, tmp_path / "tar", format="tar", **options))
+    images = open_images(tmp_path / "tar" / "shards", "train", SIZE, cache=False)
+    data = open_images(conditions, "train", SIZE)
+    assert images.index.attribute_names == tuple(ATTRIBUTES)
+    # (Smiling, Eyeglasses, class): the priors do not know cows
+    known = {(1, 1, None), (-1, 1, "owl"), (0, -1, None), (0, 0, "dog"), (1, -1, "cat")}
+    classes = {**dict(enumerate(images.index.class_names)), -1: None}
+    asked = [
+        (smiling, glasses, classes[label])
+        for (smiling, glasses), label in zip(images.attributes.tolist(), images.labels, strict=True)
+    ]
+    assert len(data) == 5 and set(asked) == known
+    assert len(set(asked[:5])) == len(set(asked[5:10])) == 5 and len(set(asked[10:])) == 3
+    assert asked[:5] != asked[5:10]  # another order
+    model = load_model(tree, device="cpu")
+    for number, (smiling, glasses, label) in enumerate(asked):
+        signs = {"Smiling": smiling, "Eyeglasses": glasses}
+        wanted = {name: sign for name, sign in signs.items() if sign}
+        alone = model.sample(number + 1, seed=3, attributes=wanted, label=label)[-1:]
+        assert np.array_equal(images[number], to_uint8(alone)[0])
+    codes = open_codes(tmp_path / "tar" / "shards", "train")  # as the shards of images have it
+    assert np.array_equal(codes.attributes, images.attributes)
+    assert np.array_equal(codes.labels, images.labels)
+
+    # the same by several processes, batches of another size, and in more than one go
+    config = config_of(tree, tmp_path / "png", batch_size=2, **options)
+    wishes = sample_prior.asked_for(config, model, 13)
+    for rank in (2, 0):
+        ours = np.arange(13)[rank::3]
+        sample_prior.draw(config, model, ours, None, wishes, None, lambda _: None)
+    main(config)
+    assert np.array_equal(pixels(tmp_path / "png"), images[:])
+    note = json.loads((tmp_path / "png" / "samples.json").read_text())
+    assert note["conditions"] == read_index(conditions).sha256
+
+
+def test_the_selector_judges_each_image_by_its_own_condition(tree, conditions, tmp_path):
+    options = {"conditions": conditions, "batch_size": 4}
+    with pytest.raises(stage.UserError, match="none was asked for"):  # of one of the five images
+        main(
+            config_of(tree, tmp_path / "no", selector=tree / "selector", acceptance=0.5, **options)
+        )
+    assert not (tmp_path / "no").exists()
+    index, root = read_index(conditions), tmp_path / "known"
+    samples = ShardReader(conditions / "train-00000.tar", index.splits["train"][0])
+    known = [(str(number), samples.read(number)) for number in (0, 1, 4)]
+    splits = {"train": (write_shard(root / "train-00000.tar", known),)}
+    write_index(root, dataclasses.replace(index, splits=splits))
+
+    options["conditions"] = root
+    main(config_of(tree, tmp_path / "all", num_images=15, format="tar", **options))
+    candidates = open_images(tmp_path / "all" / "shards", "train", SIZE, cache=False)
+    selector = load_one(tree / "selector", "classifier")
+    with torch.no_grad():
+        logits = selector(torch.from_numpy(candidates[:]).permute(0, 3, 1, 2).float() / 255)
+    signs = torch.from_numpy(candidates.attributes)
+    scores = torch.nn.functional.logsigmoid(logits * signs).sum(1)
+    best = sorted(scores.argsort(descending=True)[:6].tolist())
+    selected = {"selector": tree / "selector", "acceptance": 0.4, "format": "tar"}
+    main(config_of(tree, tmp_path / "best", **selected, **options))
+    found = open_images(tmp_path / "best" / "shards", "train", SIZE, cache=False)
+    assert np.array_equal(found[:], candidates[best])
+    assert np.array_equal(found.attributes, candidates.attributes[best])
+
+
 def test_given_codes_stay_where_the_image_does(tree, tmp_path):
     mask = np.zeros((SIZE, SIZE), np.uint8)
     mask[3:30, 9:] = 255
@@ -212,8 +306,12 @@ def test_given_codes_stay_where_the_image_does(tree, tmp_path):
     )
 
 
-def test_user_errors_leave_nothing_behind(tree, tmp_path, monkeypatch):
+def test_user_errors_leave_nothing_behind(tree, conditions, tmp_path, monkeypatch):
     mine = tree / "samples" / "shards"
+    for name, names in {"fewer": {"attribute_names": ("Hat", "Smiling")},
+                        "classless": {"class_names": ()}}.items():  # fmt: skip
+        shutil.copytree(conditions, tmp_path / name)
+        write_index(tmp_path / name, dataclasses.replace(read_index(conditions), **names))
     Image.new("L", (SIZE, SIZE - 1)).save(tmp_path / "small.png")
     Image.new("L", (SIZE, SIZE), 255).save(tmp_path / "white.png")
     Image.new("L", (SIZE, SIZE)).save(tmp_path / "black.png")
@@ -240,6 +338,10 @@ def test_user_errors_leave_nothing_behind(tree, tmp_path, monkeypatch):
         ({"checkpoint": tmp_path}, "holds no trained model"),
         ({"priors": [tree / "prior-level0"]}, "needs 2 directories"),
         ({"selector": tree / "judge", **smiling}, "judge's half"),
+        ({"conditions": mine}, "sample 000000 has no member"),
+        ({"conditions": tmp_path}, "index.json is missing"),
+        ({"conditions": tmp_path / "fewer"}, "does not tell Eyeglasses, which the priors were"),
+        ({"conditions": tmp_path / "classless"}, "does not tell cat, which the priors were"),
         ({"num_images": 10**12}, "images need about .* GiB left; ask for fewer"),
     ]):  # fmt: skip
         out = tmp_path / f"out{number}"
@@ -264,7 +366,10 @@ def test_options_that_contradict_each_other_are_refused():
         ({"codes": "c", "keep_levels": -1}, "keep_levels"),
         ({"acceptance": 0.5}, "go together"),
         ({"selector": "s"}, "go together"),
-        ({"selector": "s", "acceptance": 0.5}, "attributes or a label to judge by"),
+        ({"selector": "s", "acceptance": 0.5}, "attributes, a label or conditions to judge by"),
+        ({"conditions": "d", "attributes": "Smiling=1"}, "without attributes, label and codes"),
+        ({"conditions": "d", "label": 0}, "without attributes, label and codes"),
+        ({"conditions": "d", "codes": "c", "keep_levels": 1}, "attributes, label and codes"),
         ({"acceptance": 0.0}, r"acceptance must be in \(0, 1\]"),
         ({"batch_size": 0}, "batch_size"),
         ({"temperature": -1.0}, "temperature"),

@@ -101,7 +101,8 @@ def test_a_run_stops_when_its_patience_is_over_and_keeps_the_best(
 
 
 @pytest.mark.parametrize("cut", [160, 176])  # at a validation, and between two
-def test_a_resumed_run_goes_on_counting(cut, codes, tmp_path, scripted):
+def test_a_resumed_run_goes_on_counting(cut, codes, tmp_path, scripted, monkeypatch):
+    monkeypatch.setattr("pipeline.training.checkpoint.KEEP", 20)
     flags = ["--patience=96", "--save_every=16", "--total_images=640"]
     scripted(*NATS)
     train_prior.main(tiny(codes, tmp_path, *flags))

@@ -13,23 +13,33 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.data.index import Index, read_index
-from pipeline.data.shards import ShardReader
+from pipeline.data.corruption import (
+    CorruptConfig,
+    Fault,
+    LostShard,
+    check_budget,
+    open_readers,
+    stand_ins,
+)
+from pipeline.data.index import Index, parse_description, read_index
+from pipeline.data.shards import AGAIN, ShardReader, check_unique
 from pipeline.stage import UserError, num_cpus, write_json
 
 RECIPE_VERSION = 1  # to be raised with every change that alters a pixel
 IMAGE_EXTENSIONS = {"JPEG": "jpg", "PNG": "png"}  # what shards hold
-MAX_PIXELS = 89_478_485  # Pillow's own limit, beyond which it only warns
+MAX_PIXELS = 64_000_000  # of an encoded image: Pillow takes four bytes for each
 _CHUNK = 256  # images per task of the cache
 
 
@@ -77,51 +87,82 @@ def decode(image_bytes: bytes, recipe: Recipe) -> np.ndarray:
             raise ValueError(f"{width}x{height} pixels: too many, or less than the crop of {crop}")
         if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert("RGB" if recipe.channels == 3 else "L")
+        mode = "RGB" if recipe.channels == 3 else "L"
+        image.load()
+        if image.mode != mode:  # else it would be a copy, and an image may have 64 million pixels
+            image = image.convert(mode)
     left, top, pad = (width - crop) // 2, (height - crop) // 2, recipe.pad
     # PIL's crop fills with zeros what lies outside of the image, so cropping is padding too
-    image = image.crop((left, top, left + crop, top + crop))
-    image = image.crop((-pad, -pad, crop + pad, crop + pad))
+    if (width, height) != (crop, crop):
+        image = image.crop((left, top, left + crop, top + crop))
+    if pad:
+        image = image.crop((-pad, -pad, crop + pad, crop + pad))
     if image.size != (recipe.size, recipe.size):
         image = image.resize((recipe.size, recipe.size), Image.Resampling.BILINEAR)
     return np.array(image).reshape(recipe.size, recipe.size, recipe.channels)
 
 
-class _StreamedPixels:
-    """Decodes on the fly, by offset reads."""
+class StreamedPixels:
+    """Decodes on the fly, by offset reads. UserError names the shard and the sample.
 
-    def __init__(self, readers: Sequence[ShardReader], recipe: Recipe) -> None:
-        self.readers, self.recipe = readers, recipe
+    Attributes:
+        way_out: what an error about a sample ends with.
+        stand_ins: {number of a corrupt sample: of the one that is read in its place}.
+    """
+
+    def __init__(
+        self, readers: Sequence[ShardReader | LostShard], recipe: Recipe, way_out: str = ""
+    ) -> None:
+        self.readers, self.recipe, self.way_out = readers, recipe, way_out
+        self.stand_ins: Mapping[int, int] = {}
         self.ends = np.cumsum([len(reader) for reader in readers])
 
-    def _one(self, index: int) -> np.ndarray:
-        shard = int(np.searchsorted(self.ends, index, side="right"))
+    def place(self, number: int) -> tuple[ShardReader | LostShard, int]:
+        """The shard of a sample, and its number there."""
+        shard = int(np.searchsorted(self.ends, number, side="right"))
         reader = self.readers[shard]
-        sample = int(index - self.ends[shard]) + len(reader)
-        data = reader.read_member(sample, *IMAGE_EXTENSIONS.values())
+        return reader, int(number - self.ends[shard]) + len(reader)
+
+    def description(self, number: int) -> dict[str, Any]:
+        """The JSON member of a sample, or of its stand-in."""
+        return _description(*self.place(self.stand_ins.get(number, number)))
+
+    def one(self, number: int) -> np.ndarray:
+        """The pixels (H, W, C) of a sample, or of its stand-in."""
+        reader, sample = self.place(self.stand_ins.get(number, number))
         try:
-            return decode(data, self.recipe)
-        except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            key = reader.keys[sample].decode()
-            raise UserError(f"{reader.path}: image {key} cannot be read: {error}") from error
+            return decode(reader.read_member(sample, *IMAGE_EXTENSIONS.values()), self.recipe)
+        except UserError as error:
+            raise UserError(f"{error}{self.way_out}") from error
+        except MemoryError:
+            raise  # no fault of the image
+        except Exception as error:  # decoders raise almost anything on damaged bytes
+            key, reason = reader.keys[sample].decode(), " ".join(str(error).split())
+            raise UserError(
+                f"{reader.path}: image {key} cannot be read: {reason or type(error).__name__}"
+                f"{self.way_out}"
+            ) from error
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         pixels = np.empty((len(indices), *_shape(self.recipe)), np.uint8)
         for row, index in enumerate(indices):
-            pixels[row] = self._one(int(index))
+            pixels[row] = self.one(int(index))
         return pixels
 
 
 class _CachedPixels:
     """Rows of a memory-mapped array, which is opened again where it is unpickled."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.array = path, np.load(path, mmap_mode="r", allow_pickle=False)
+    def __init__(self, path: Path, stand_ins: Mapping[int, int] | None = None) -> None:
+        self.path, self.stand_ins = path, stand_ins or {}
+        self.array = np.load(path, mmap_mode="r", allow_pickle=False)
 
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
-        return _CachedPixels, (self.path,)
+    def __reduce__(self) -> tuple[type, tuple[Path, Mapping[int, int]]]:
+        return _CachedPixels, (self.path, self.stand_ins)
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
+        if self.stand_ins:
+            indices = np.array([self.stand_ins.get(i, i) for i in indices.tolist()], np.int64)
         return np.asarray(self.array[indices])
 
 
@@ -146,9 +187,16 @@ class ImageSet:
     """(N, F) float32: true generating factors, NaN where unknown."""
     pixels: Callable[[np.ndarray], np.ndarray]
     """Indices (B,) int64 -> (B, H, W, C) uint8: `images[...]` is more convenient."""
+    faults: tuple[Fault, ...] = ()
+    """The corrupt samples. Pixels, attributes, labels and factors are those of their stand-ins."""
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def corrupt(self) -> np.ndarray:
+        """Numbers of the corrupt samples (F,) int64, ascending."""
+        return np.array([fault["number"] for fault in self.faults], np.int64)
 
     def __getitem__(self, indices: int | slice | Sequence[int] | np.ndarray) -> np.ndarray:
         """Images as uint8: (B, H, W, C), or (H, W, C) for an integer, as numpy does."""
@@ -161,20 +209,49 @@ class ImageSet:
         images = self.pixels(chosen.reshape(-1).astype(np.int64) % max(count, 1))
         return images[0] if chosen.ndim == 0 else images
 
+    def describe(self, number: int) -> dict[str, Any]:
+        """The JSON member of a sample, or of its stand-in; not of a cache, which has none."""
+        assert isinstance(self.pixels, StreamedPixels)
+        return self.pixels.description(number)
+
     def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """A batch for the loader: images (B, H, W, C) uint8, attributes (B, A), labels (B,)."""
         attributes, labels = self.attributes[indices], self.labels[indices]
         return {"images": self[indices], "attributes": attributes, "labels": labels}
 
 
-def _metadata(readers: Sequence[ShardReader], index: Index, workers: int) -> dict[str, np.ndarray]:
-    """keys, attributes, labels and factors from the samples' JSON members."""
+def _description(reader: ShardReader | LostShard, sample: int) -> dict[str, Any]:
+    """The JSON member of a sample."""
+    try:
+        return parse_description(reader.read_member(sample, "json"))
+    except ValueError as error:
+        key = reader.keys[sample].decode()
+        raise UserError(f"{reader.path}: {key}.json: {error}: {AGAIN}") from error
 
-    def parse(reader: ShardReader) -> list[dict]:
-        return [json.loads(reader.read_member(i, "json")) for i in range(len(reader))]
+
+def _metadata(
+    streamed: StreamedPixels, index: Index, workers: int, tolerant: bool
+) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+    """keys, attributes, labels and factors from the samples' JSON members; and, where that is
+    tolerated, {number: reason} of the samples that have none."""
+
+    def parse(reader: ShardReader | LostShard) -> list[dict | str]:
+        found = []
+        for sample in range(len(reader)):
+            try:
+                found.append(_description(reader, sample))
+            except UserError as error:
+                if not tolerant:
+                    raise UserError(f"{error}{streamed.way_out}") from error
+                found.append(str(error))
+        return found
 
     with ThreadPoolExecutor(workers) as pool:
-        samples = [sample for shard in pool.map(parse, readers) for sample in shard]
+        parsed = [sample for shard in pool.map(parse, streamed.readers) for sample in shard]
+    keys = np.array([key for reader in streamed.readers for key in reader.keys], "S")
+    check_unique(keys)
+    faults = {number: text for number, text in enumerate(parsed) if isinstance(text, str)}
+    samples = [{} if isinstance(sample, str) else sample for sample in parsed]
     sign = {True: 1, False: -1, None: 0}
     attributes = [
         [sign[sample.get("attributes", {}).get(name)] for name in index.attribute_names]
@@ -185,12 +262,13 @@ def _metadata(readers: Sequence[ShardReader], index: Index, workers: int) -> dic
         for sample in samples
     ]
     count = len(samples)
-    return {
-        "keys": np.array([key for reader in readers for key in reader.keys], "S"),
+    arrays = {
+        "keys": keys,
         "attributes": np.array(attributes, np.int8).reshape(count, len(index.attribute_names)),
         "labels": np.array([sample.get("label", -1) for sample in samples], np.int64),
         "factors": np.array(factors, np.float32).reshape(count, len(index.factor_names)),
     }
+    return arrays, faults
 
 
 @contextmanager
@@ -206,40 +284,103 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _build_cache(
-    directory: Path,
-    streamed: _StreamedPixels,
-    metadata: dict[str, np.ndarray],
+def _look_at_all(
+    streamed: StreamedPixels,
+    known: Mapping[int, str],
     name: str,
     workers: int,
     progress: bool,
-) -> None:
-    """Writes `<name>.npy` and `<name>.metadata.npz`. Threads: decoding releases Python's lock."""
-    count = len(metadata["keys"])
-    temporary = directory / f".{name}.npy"
-    array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (count, *_shape(streamed.recipe)))
+    tolerant: bool,
+    array: np.ndarray | None = None,
+) -> list[Fault]:
+    """Decodes all samples but those `known` as corrupt, into `array` (N, H, W, C) where there is
+    one. Returns the corrupt ones, or raises UserError for the first. Threads: decoding releases
+    Python's lock."""
+    count = int(streamed.ends[-1]) if len(streamed.ends) else 0
 
-    def fill(start: int) -> int:
-        indices = np.arange(start, min(start + _CHUNK, count))
-        array[indices] = streamed(indices)
-        return len(indices)
+    def look(start: int) -> tuple[int, dict[int, str]]:
+        found = {}
+        numbers = range(start, min(start + _CHUNK, count))
+        for number in numbers:
+            if number in known:
+                continue
+            try:
+                pixels = streamed.one(number)
+            except UserError as error:
+                if not tolerant:
+                    raise
+                found[number] = str(error)
+            else:
+                if array is not None:
+                    array[number] = pixels
+        return len(numbers), found
 
+    reasons = dict(known)
     bar = tqdm(total=count, unit="image", desc=f"cache {name}", disable=not progress)
     with bar, ThreadPoolExecutor(workers) as pool:
-        for done in pool.map(fill, range(0, count, _CHUNK)):
+        for done, found in pool.map(look, range(0, count, _CHUNK)):
             bar.update(done)
-    array.flush()
-    with open(directory / f".{name}.npz", "wb") as file:
-        np.savez(file, **metadata)  # pyright: ignore[reportArgumentType]
-    os.replace(directory / f".{name}.npz", directory / f"{name}.metadata.npz")
-    os.replace(temporary, directory / f"{name}.npy")
+            reasons |= found
+    faults = []
+    for number, reason in sorted(reasons.items()):
+        reader, sample = streamed.place(number)
+        key = reader.keys[sample].decode()
+        faults.append({"number": number, "shard": reader.path.name, "key": key, "reason": reason})
+    return faults
 
 
-def _same_cache(note: Path, expected: dict) -> bool:
+def _build_cache(
+    directory: Path,
+    streamed: StreamedPixels,
+    index: Index,
+    name: str,
+    workers: int,
+    progress: bool,
+    tolerant: bool,
+) -> list[Fault]:
+    """Writes `<name>.npy` and `<name>.metadata.npz`; returns the corrupt samples."""
+    metadata, known = _metadata(streamed, index, workers, tolerant)
+    pixels, arrays = directory / f".{name}.npy", directory / f".{name}.npz"
     try:
-        return json.loads(note.read_text()) == expected
-    except (OSError, ValueError):
-        return False
+        shape = (len(metadata["keys"]), *_shape(streamed.recipe))
+        array = np.lib.format.open_memmap(pixels, "w+", np.uint8, shape)
+        faults = _look_at_all(streamed, known, name, workers, progress, tolerant, array)
+        array.flush()
+        with open(arrays, "wb") as file:
+            np.savez(file, **metadata)  # pyright: ignore[reportArgumentType]
+        (directory / f"{name}.json").unlink(missing_ok=True)  # of the old cache
+        os.replace(arrays, directory / f"{name}.metadata.npz")
+        os.replace(pixels, directory / f"{name}.npy")
+    finally:
+        pixels.unlink(missing_ok=True)
+        arrays.unlink(missing_ok=True)
+    return faults
+
+
+def _faults_noted(note: Path, expected: dict, tolerant: bool) -> list[Fault] | None:
+    """The corrupt samples that a note tells of; None where it is not of these images, or where
+    there must be none: they may be mended by now."""
+    try:
+        noted = json.loads(note.read_text())
+        faults = noted.pop("corrupt", [])
+        return faults if noted == expected and (tolerant or not faults) else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _load_cache(directory: Path, name: str) -> tuple[_CachedPixels, dict[str, np.ndarray]] | None:
+    """None where a file is missing or damaged."""
+    arrays = directory / f"{name}.metadata.npz"
+    try:
+        with zipfile.ZipFile(arrays) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                return None  # not written here, and may unfold to any size
+        with np.load(arrays, allow_pickle=False) as file:
+            metadata = {key: file[key] for key in ("keys", "attributes", "labels", "factors")}
+        pixels = _CachedPixels(directory / f"{name}.npy")
+        return (pixels, metadata) if len(pixels.array) == len(metadata["keys"]) else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 def open_images(
@@ -248,41 +389,76 @@ def open_images(
     size: int,
     *,
     cache: bool = True,
+    corrupt: CorruptConfig | None = None,
+    seed: int = 0,
     workers: int = 0,
     progress: bool = True,
 ) -> ImageSet:
     """The images of a split at `size` pixels.
 
-    cache: keep pixels in `<root>/cache/<recipe hash>/`, built at the first call and again when the
-    index has changed; otherwise each access reads and decodes. workers: threads that build the
-    cache and read the metadata, 0 for one per CPU. UserError for missing or damaged shards.
+    Args:
+        cache: keep pixels in `<root>/cache/<recipe hash>/`, built at the first call and again when
+            the index has changed; otherwise each access reads and decodes.
+        corrupt: what to do about corrupt images, in a stage that has this config; None: stop.
+        seed: decides which images stand in for corrupt ones.
+        workers: threads that build the cache and read the metadata, 0 for one per CPU.
+
+    Raises UserError for missing or damaged shards.
     """
     index = read_index(root)
     recipe = recipe_for(index.source, size)
-    shards = index.shards(split)
-    workers = workers or num_cpus()
-
-    def streamed() -> tuple[_StreamedPixels, dict[str, np.ndarray]]:
-        readers = [ShardReader(root / shard.name, shard) for shard in shards]
-        return _StreamedPixels(readers, recipe), _metadata(readers, index, workers)
-
-    if not cache:
-        pixels, metadata = streamed()
-        return ImageSet(index=index, split=split, recipe=recipe, pixels=pixels, **metadata)
-
+    shards, workers = index.shards(split), workers or num_cpus()
+    config = corrupt or CorruptConfig()
+    tolerant = config.substitutes
+    way_out = "" if corrupt is None or tolerant else "; or --corrupt.action substitute"
     directory = root / "cache" / recipe.hash
-    note = directory / f"{split}.json"
+    note = directory / (f"{split}.json" if cache else f"{split}.corrupt.json")
     expected = {"index_sha256": index.sha256, "recipe": dataclasses.asdict(recipe)}
-    if not _same_cache(note, expected):
-        with _locked(directory):
-            if not _same_cache(note, expected):  # another process may just have built it
-                note.unlink(missing_ok=True)
-                _build_cache(directory, *streamed(), split, workers, progress)
-                write_json(note, expected)
-    with np.load(directory / f"{split}.metadata.npz", allow_pickle=False) as file:
-        metadata = dict(file)
-    pixels = _CachedPixels(directory / f"{split}.npy")
-    return ImageSet(index=index, split=split, recipe=recipe, pixels=pixels, **metadata)
+
+    def streamed() -> StreamedPixels:
+        return StreamedPixels(open_readers(root, shards, config, split), recipe, way_out=way_out)
+
+    def noted() -> list[Fault] | None:
+        return _faults_noted(note, expected, tolerant)
+
+    def write_note(faults: list[Fault]) -> None:
+        write_json(note, {**expected, **({"corrupt": faults} if faults else {})})
+
+    if cache:
+        loaded = _load_cache(directory, split) if noted() is not None else None
+        if loaded is None:
+            with _locked(directory):
+                # another process may just have built it
+                loaded = _load_cache(directory, split) if noted() is not None else None
+                if loaded is None:
+                    write_note(_build_cache(
+                        directory, streamed(), index, split, workers, progress, tolerant
+                    ))  # fmt: skip
+                    loaded = _load_cache(directory, split)
+        if loaded is None:
+            raise UserError(f"{directory} cannot be read again after writing: look at the disk")
+        pixels, metadata = loaded
+        faults = noted() or []
+    else:
+        pixels, faults = streamed(), []
+        metadata, known = _metadata(pixels, index, workers, tolerant)
+        if tolerant:
+            with _locked(directory):
+                faults = noted()
+                if faults is None:
+                    faults = _look_at_all(pixels, known, split, workers, progress, tolerant)
+                    write_note(faults)
+    if faults:
+        first = f"first: {faults[0]['reason']}; all: {note}"
+        check_budget(config, len(faults), len(metadata["keys"]), split, first)
+        others = stand_ins([fault["number"] for fault in faults], len(metadata["keys"]), seed)
+        pixels.stand_ins = others
+        for name in ("attributes", "labels", "factors"):
+            metadata[name][list(others)] = metadata[name][list(others.values())]
+        faults = [{**fault, "substitute": others[fault["number"]]} for fault in faults]
+    return ImageSet(
+        index=index, split=split, recipe=recipe, pixels=pixels, faults=tuple(faults), **metadata
+    )
 
 
 def pixel_variance(images: ImageSet) -> float:

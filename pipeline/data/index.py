@@ -13,7 +13,8 @@ from pipeline.stage import UserError
 
 FORMAT = 1
 SPLITS = ("train", "valid", "test")
-MAX_INDEX_BYTES = 2**28
+MAX_INDEX_BYTES = 2**26  # some 200,000 shards
+MAX_DESCRIPTION_BYTES = 2**20
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}\.tar")  # no folder, scheme, `::` or `${`
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -78,6 +79,25 @@ class Index:
     def sha256(self) -> str:
         """SHA-256 of the index file, which links caches and codes to these very shards."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def parse_description(data: bytes) -> dict[str, Any]:
+    """The JSON member of a sample, as `Source.describe` wrote it; ValueError for anything else."""
+    if len(data) > MAX_DESCRIPTION_BYTES:
+        raise ValueError(f"more than {MAX_DESCRIPTION_BYTES} bytes")
+    try:
+        value = json.loads(data)
+        label, attributes = value.get("label", -1), value.get("attributes", {}).values()
+        factors = value.get("factors", {}).values()
+    except (ValueError, AttributeError, RecursionError):
+        raise ValueError("not the description of an image") from None
+    if type(label) is not int or not -1 <= label < 2**31:
+        raise ValueError("label must be the number of a class")
+    if not all(yes is None or isinstance(yes, bool) for yes in attributes):
+        raise ValueError("attributes must be true, false or null")
+    if not all(type(factor) in (int, float) for factor in factors):
+        raise ValueError("factors must be numbers")
+    return value
 
 
 def write_index(root: Path, index: Index) -> None:

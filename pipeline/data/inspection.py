@@ -66,5 +66,5 @@ def encode(data: bytes) -> tuple[str, bytes]:
         return {"JPEG": "jpg", "PNG": "png"}[name], data
     output = io.BytesIO()
     with Image.open(io.BytesIO(data), formats=(name or "WEBP",)) as image:
-        image.convert("RGB").save(output, "PNG")
+        (image if image.mode == "RGB" else image.convert("RGB")).save(output, "PNG")
     return "png", output.getvalue()

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline import stage
 from pipeline.data.order import batches
+from pipeline.stage import UserError
 
 Fetch = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
@@ -27,11 +29,16 @@ class _Fetched(Dataset):
     def __getitem__(self, index: Any) -> Any:
         raise TypeError("batches are fetched whole")
 
-    def __getitems__(self, indices: np.ndarray) -> Mapping[str, np.ndarray]:
-        return self.fetch(np.asarray(indices))
+    def __getitems__(self, indices: np.ndarray) -> Mapping[str, np.ndarray] | UserError:
+        try:
+            return self.fetch(np.asarray(indices))
+        except UserError as error:
+            return error  # raised in the worker it would come with a traceback in its text
 
 
-def _to_tensors(batch: Any) -> dict[str, torch.Tensor]:
+def _to_tensors(batch: Any) -> dict[str, torch.Tensor] | UserError:
+    if isinstance(batch, UserError):
+        return batch
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
 
@@ -53,15 +60,24 @@ def training_batches(
         count: samples in an epoch.
         batch_size: the global batch; this rank gets batch_size / world_size of it.
         start: samples consumed so far, a multiple of batch_size.
+
+    Raises UserError at the batch whose `fetch` raised it, with any number of workers.
     """
     loader = DataLoader(
         _Fetched(fetch, count),
         batch_sampler=_Endless(count, batch_size, rank, world_size, start, seed),
         collate_fn=_to_tensors,
         num_workers=workers,
+        worker_init_fn=stage.ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    return map(_checked, iter(loader))
+
+
+def _checked(batch: dict[str, torch.Tensor] | UserError) -> dict[str, torch.Tensor]:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
 
 
 class _Endless:

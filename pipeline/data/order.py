@@ -69,6 +69,34 @@ def permute(positions: npt.ArrayLike, n: int, seed: int, epoch: int) -> npt.NDAr
     return values.astype(np.int64).reshape(positions.shape)
 
 
+def _feistel_inverse(
+    x: npt.NDArray[np.uint64], bits: int, keys: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint64]:
+    left_bits, right_bits = bits // 2, bits - bits // 2
+    left, right = x >> np.uint64(right_bits), x & np.uint64(2**right_bits - 1)
+    for key in keys[::-1]:
+        left_bits, right_bits = right_bits, left_bits
+        mixed = splitmix64(left ^ key) & np.uint64(2**left_bits - 1)
+        left, right = right ^ mixed, left
+    return (left << np.uint64(right_bits)) | right
+
+
+def positions_of(indices: npt.ArrayLike, n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The positions in an epoch at which samples (m,) come: the inverse of `permute`."""
+    bits, keys = max(2, (n - 1).bit_length()), round_keys(seed, epoch)
+    values = _feistel_inverse(np.asarray(indices, np.int64).astype(np.uint64), bits, keys)
+    while (outside := np.flatnonzero(values >= np.uint64(n))).size:
+        values[outside] = _feistel_inverse(values[outside], bits, keys)
+    return values.astype(np.int64)
+
+
+def uses(indices: npt.ArrayLike, n: int, seed: int, seen: int) -> int:
+    """How often samples (m,), of n in an epoch, are among the first `seen` of the stream."""
+    epochs, part = divmod(seen, n)
+    in_part = positions_of(indices, n, seed, epochs) < part
+    return epochs * np.size(indices) + int(in_part.sum())
+
+
 def stream(seed: int, n: int, start: int, count: int) -> npt.NDArray[np.int64]:
     """(count,) sample indices at positions [start, start + count) of the concatenated epochs."""
     parts, end = [np.empty(0, np.int64)], start + count

@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,10 +23,12 @@ from pipeline.data.index import SPLITS, Index, ShardInfo, read_index, write_inde
 from pipeline.stage import UserError
 
 __all__ = [
+    "AGAIN",
     "SPLITS",
     "Index",
     "ShardInfo",
     "ShardReader",
+    "check_unique",
     "file_sha256",
     "read_index",
     "read_table",
@@ -39,11 +41,12 @@ __all__ = [
 ]
 
 MAX_MEMBER_BYTES = 2**26  # also the most that a reader allocates on a table's or a header's word
+MAX_MEMBERS = 64  # of a sample, when streamed
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,128}")  # no dot: webdataset splits names at the first one
 _EXTENSION = re.compile(r"[a-z0-9]{1,16}(\.[a-z0-9]{1,16}){0,2}")
 _BLOCK, _RECORD = 512, 10240  # tar's units: headers and data, the whole file
-_AGAIN = "run the stage that made these shards again"
+AGAIN = "run the stage that made these shards again"
 
 
 def valid_key(key: str) -> bool:
@@ -181,10 +184,29 @@ def read_table(path: Path) -> np.ndarray:
     try:
         table = np.load(table_path(path), mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{table_path(path)}: no sample table ({error}): {_AGAIN}") from error
-    if table.dtype.names != ("key", "extension", "offset", "length", "crc32") or table.ndim != 1:
-        raise UserError(f"{table_path(path)}: no sample table: {_AGAIN}")
-    return table.view(np.ndarray)  # still mapped, without memmap's slow indexing
+        raise UserError(f"{table_path(path)}: no sample table ({error}): {AGAIN}") from error
+    table = table.view(np.ndarray)  # still mapped, without memmap's slow indexing
+    fields = table.dtype.fields or {}
+    kinds = {name: dtype.kind for name, (dtype, *_) in fields.items()}
+    expected = {"key": "S", "extension": "S", "offset": "u", "length": "u", "crc32": "u"}
+    if kinds != expected or table.ndim != 1 or not _plain(table["key"], table["extension"]):
+        raise UserError(f"{table_path(path)}: no sample table: {AGAIN}")
+    return table
+
+
+def _plain(keys: np.ndarray, extensions: np.ndarray) -> bool:
+    """True where all names are such as `write_shard` takes."""
+    return all(valid_key(key.decode("latin1")) for key in np.unique(keys)) and all(
+        _EXTENSION.fullmatch(extension.decode("latin1")) for extension in np.unique(extensions)
+    )
+
+
+def check_unique(keys: Sequence[bytes] | np.ndarray) -> None:
+    """UserError where two samples (of all shards of a split) have the same key."""
+    ordered = np.sort(keys)
+    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if twice.size:
+        raise UserError(f"two samples have the key {bytes(ordered[twice[0]]).decode()}: {AGAIN}")
 
 
 class ShardReader:
@@ -193,17 +215,20 @@ class ShardReader:
     Samples are numbered 0 .. len - 1. No file stays open, so that readers can be shared by
     threads, pickled into worker processes, and be as many as there are shards. Raises UserError
     where sizes, hashes of the table or checksums do not match.
+
+    Args:
+        whole: refuse a tar of another size; else its members are read as far as they are whole.
     """
 
-    def __init__(self, path: Path, info: ShardInfo) -> None:
-        self.path, self.info = path, info
+    def __init__(self, path: Path, info: ShardInfo, whole: bool = True) -> None:
+        self.path, self.info, self.whole = path, info, whole
         for file in (path, table_path(path)):
             if not file.is_file():
-                raise UserError(f"{file} is missing: {_AGAIN}")
-        if path.stat().st_size != info.bytes:
-            raise UserError(f"{path}: not the {info.bytes} bytes of index.json: {_AGAIN}")
+                raise UserError(f"{file} is missing: {AGAIN}")
+        if whole and path.stat().st_size != info.bytes:
+            raise UserError(f"{path}: not the {info.bytes} bytes of index.json: {AGAIN}")
         if file_sha256(table_path(path)) != info.table_sha256:
-            raise UserError(f"{table_path(path)}: not the SHA-256 of index.json: {_AGAIN}")
+            raise UserError(f"{table_path(path)}: not the SHA-256 of index.json: {AGAIN}")
         table = read_table(path)
         new = np.ones(len(table), bool)
         new[1:] = table["key"][1:] != table["key"][:-1]
@@ -214,8 +239,8 @@ class ShardReader:
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def __reduce__(self) -> tuple[type, tuple[Path, ShardInfo]]:
-        return ShardReader, (self.path, self.info)
+    def __reduce__(self) -> tuple[type, tuple[Path, ShardInfo, bool]]:
+        return ShardReader, (self.path, self.info, self.whole)
 
     @property
     def keys(self) -> np.ndarray:
@@ -225,44 +250,53 @@ class ShardReader:
     def read(self, sample: int) -> dict[str, bytes]:
         """{extension: bytes} of a sample, in the tar's order."""
         rows = self._rows(sample)
-        with open(self.path, "rb", buffering=0) as file:
-            return {row[1].decode(): self._read(file, *row) for row in rows}
+        names = [extension.decode() for _, extension, *_ in rows]
+        return dict(zip(names, self._read(rows), strict=True))
 
     def read_member(self, sample: int, *extensions: str) -> bytes:
         """The first member of a sample that has one of the `extensions`."""
         for row in self._rows(sample):
             if row[1].decode() in extensions:
-                with open(self.path, "rb", buffering=0) as file:
-                    return self._read(file, *row)
+                return self._read([row])[0]
         key = self.keys[sample].decode()
         raise UserError(f"{self.path}: sample {key} has no member {' or '.join(extensions)}")
 
     def _rows(self, sample: int) -> list[tuple[bytes, bytes, int, int, int]]:
         return self._table[self._starts[sample] : self._starts[sample + 1]].tolist()
 
-    def _read(
-        self, file: BinaryIO, key: bytes, extension: bytes, offset: int, length: int, crc32: int
-    ) -> bytes:
-        data = b""
-        if length <= MAX_MEMBER_BYTES and offset + length <= self.info.bytes:
-            data = os.pread(file.fileno(), length, offset)
-        if len(data) != length or zlib.crc32(data) != crc32:
-            raise UserError(
-                f"{self.path}: {key.decode()}.{extension.decode()} is damaged (CRC32): {_AGAIN}"
-            )
-        return data
+    def _read(self, rows: list[tuple[bytes, bytes, int, int, int]]) -> list[bytes]:
+        found = []
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                for key, extension, offset, length, crc32 in rows:
+                    data = b""
+                    if length <= MAX_MEMBER_BYTES and offset + length <= self.info.bytes:
+                        data = os.pread(file.fileno(), length, offset)
+                    if len(data) != length or zlib.crc32(data) != crc32:
+                        name = f"{key.decode()}.{extension.decode()}"
+                        raise UserError(f"{self.path}: {name} is damaged (CRC32): {AGAIN}")
+                    found.append(data)
+        except OSError as error:
+            key = rows[0][0].decode()
+            raise UserError(f"{self.path}: {key} cannot be read ({error}): {AGAIN}") from error
+        return found
 
 
 def _tar_members(file: Any, path: Path) -> Iterator[dict[str, Any]]:
     """Members of an uncompressed tar stream in the form webdataset groups into samples."""
     # "r|" and not webdataset's own "r|*", which also opens gzip: 10 KB could become gigabytes
     with tarfile.open(fileobj=file, mode="r|") as tar:
+        last, members, size = "", 0, 0  # of a sample, which webdataset collects in memory
         for info in tar:
             key, _, extension = info.name.partition(".")
+            members, size = (members + 1, size + info.size) if key == last else (1, info.size)
+            last = key
             if info.type != tarfile.REGTYPE or info.issparse() or info.size > MAX_MEMBER_BYTES:
-                raise UserError(f"{path}: {info.name!r} is no plain member of a sane size")
+                raise UserError(f"{path}: {info.name[:150]!r} is no plain member of a sane size")
+            if members > MAX_MEMBERS or size > MAX_MEMBER_BYTES:
+                raise UserError(f"{path}: sample {key[:130]!r} has too many members, or too large")
             if not valid_key(key) or not _EXTENSION.fullmatch(extension):
-                raise UserError(f"{path}: {info.name!r} is no name for a member of a sample")
+                raise UserError(f"{path}: {info.name[:150]!r} is no name for a member of a sample")
             data = tar.extractfile(info).read()  # pyright: ignore[reportOptionalMemberAccess]
             yield {"fname": info.name, "data": data, "__url__": str(path)}
             tar.members.clear()  # pyright: ignore  (tarfile keeps every header otherwise)
@@ -272,7 +306,8 @@ def stream_shard(path: Path, expected: ShardInfo) -> Iterator[tuple[str, dict[st
     """Yields `(key, {extension: bytes})` from front to back without the table, by webdataset.
 
     Nothing is decoded. For tests and for shards that cannot be read by offset. Raises UserError
-    for hostile members at once, for a wrong count, size or SHA-256 at the end.
+    for hostile members and for too many samples at once, for a wrong count, size or SHA-256 at the
+    end.
     """
     os.environ["WDS_SECURE"] = "1"  # for processes that import webdataset after this
     import webdataset.utils  # late: it is slow to import and only this function needs it
@@ -286,6 +321,8 @@ def stream_shard(path: Path, expected: ShardInfo) -> Iterator[tuple[str, dict[st
                 key = sample["__key__"]
                 yield key, {name: data for name, data in sample.items() if name[:2] != "__"}
                 count += 1
+                if count > expected.num_samples:
+                    raise UserError(f"{path}: more samples than index.json says")
         except (tarfile.TarError, ValueError) as error:
             raise UserError(f"{path}: not an uncompressed WebDataset tar ({error})") from error
         while tar.read(_RECORD):

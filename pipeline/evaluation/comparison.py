@@ -31,7 +31,7 @@ from pipeline.evaluation.fidelity import Score
 from pipeline.evaluation.information import mean_with_error
 from pipeline.evaluation.latent_pictures import prior_latents
 from pipeline.evaluation.report import SETS as REFERENCES
-from pipeline.evaluation.sets import BATCH_SIZE, Reconstructions, batches_of
+from pipeline.evaluation.sets import BATCH_SIZE, batches_of
 from pipeline.models.priors.prior import Prior
 from pipeline.models.vae.vae import VAE
 from pipeline.models.vqvae import VQVAE
@@ -136,7 +136,7 @@ def vqvae_material(model: VQVAE, samples: Iterable[np.ndarray] | None, data: Dat
         samples: n images of its priors as uint8 batches, None where there are none.
     """
     sets: dict[str, Iterable[np.ndarray]] = {
-        "reconstructions": Reconstructions(model, data.real, data.chosen, data.device),
+        "reconstructions": reconstructed(model, data),
         "interpolations": between(model, data),
     }
     if samples is not None:
@@ -149,6 +149,25 @@ def vqvae_material(model: VQVAE, samples: Iterable[np.ndarray] | None, data: Dat
         for level in range(model.config.num_levels)
     )
     return Material(sets, probed)
+
+
+@torch.no_grad()
+def reconstructed(model: VQVAE, data: Data) -> Iterator[np.ndarray]:
+    """Reconstructions of the real images, uint8 batches."""
+    for originals in batches_of(data.real, data.chosen):
+        batch = pictures.to_unit(originals, data.device)
+        yield pictures.to_uint8(model(batch).reconstructions)
+
+
+@torch.no_grad()
+def mean_squared_error(model: VQVAE, data: Data) -> float:
+    """Of the reconstructions in [0, 1], clamped, before they are rounded, as report_vae.py's."""
+    errors = []
+    for originals in batches_of(data.real, data.chosen):
+        batch = pictures.to_unit(originals, data.device)
+        reconstructions = model(batch).reconstructions.float().clamp(0, 1)
+        errors.append((reconstructions - batch).square().mean((1, 2, 3)).double())
+    return float(torch.cat(errors).mean())
 
 
 @torch.no_grad()
@@ -247,8 +266,7 @@ def measure(
         y = vae_figures.conditions(model, data.real, data.chosen)
         scores["sampling_images_per_sec"] = Score(sampling_speed(model, y))
     else:
-        reconstructions: Any = material.sets["reconstructions"]
-        scores["mse"] = Score(reconstructions.figures()["mse"])
+        scores["mse"] = Score(mean_squared_error(model, data))
         scores |= vqvae_likelihood(model, priors, data)
     targets = [vae_figures.targets_of(images) for images in (data.train, data.real)]
     targets = targets[0][: data.num_train], targets[1][data.chosen]

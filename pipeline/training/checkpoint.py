@@ -1,31 +1,44 @@
 """Atomic checkpoint directories: safetensors and JSON with a manifest, never a pickle.
 
     <out>/checkpoints/images-000012800/   model, average and optimizer tensors, state.json
-    <out>/final/                          the model that the next stage reads, with its config
+    <out>/final/                          the model that the next stage reads, its config and card
 
 A directory is written under a temporary name, every file fsynced, the manifest (sizes and SHA-256)
 last, then renamed: under its final name it is whole. Tensor names and dtypes do not depend on how
-many processes trained.
+many processes trained. Training goes on while a thread writes what was copied at the step. Of the
+checkpoints the newest KEEP that verify are kept, each removed one is renamed first.
 """
 
 import dataclasses
+import errno
+import fcntl
 import json
+import os
 import shutil
+import socket
+import threading
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.data.shards import file_sha256, sync
+from pipeline.evaluation import model_card
+from pipeline.failpoint import failpoint
 from pipeline.models import MODELS
-from pipeline.stage import UserError
+from pipeline.stage import InUse, UserError
 from pipeline.training import zero
 
 MANIFEST = "manifest.json"
+KEEP = 3  # two to fall back on
+LOCK_SEC = 10.0  # to wait for a job that is just ending
 Tensors = Mapping[str, torch.Tensor]
 
 # What a resumed run may change: it alters neither the order of the data nor the mathematics of a
@@ -35,6 +48,8 @@ CHANGEABLE = frozenset(
     | {"log_every", "validate_every", "save_every", "compare_every"}
     | {"accumulation", "compile", "max_skipped_steps", "learning_rate"}
     | {"patience", "checkpoint_activations"}
+    | {"corrupt", "action", "budget"}
+    | {"score_every", "score_images", "judge", "checkpoint"}
 )
 
 
@@ -50,33 +65,61 @@ class Checkpoint(NamedTuple):
         return load_file(self.path / f"{name}.safetensors")
 
 
-def write_directory(path: Path, tensors: Mapping[str, Tensors], documents: Mapping[str, Any]):
+def write_directory(
+    path: Path,
+    tensors: Mapping[str, Tensors],
+    documents: Mapping[str, Any],
+    card_of: Callable[[Path], str] | None = None,
+):
     """Commits `<name>.safetensors` and `<name>.json` files as one directory: under its name it is
     whole or not there. An existing directory of that name is moved aside just before, and removed
     after the commit.
+
+    Args:
+        card_of: makes `card.md`, the directory's description, from these files; None = no card.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
+    failpoint("before-directory")
     temporary.mkdir()
     try:
         for name, group in tensors.items():
             contiguous = {key: t.detach().cpu().contiguous() for key, t in group.items()}
             save_file(contiguous, temporary / f"{name}.safetensors")
+            failpoint("after-file")
         for name, document in documents.items():
             (temporary / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+            failpoint("after-file")
+        if card_of is not None:
+            (temporary / "card.md").write_text(card_of(temporary))
         files = sorted(temporary.iterdir())
+        for file in files:
+            sync(file)
+        failpoint("after-sync")
         manifest = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in files}
         (temporary / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1) + "\n")
-        for file in [*files, temporary / MANIFEST, temporary]:
-            sync(file)
-        trash = path.with_name(f".trash-{path.name}-{uuid.uuid4().hex[:8]}")
+        failpoint("after-manifest")
+        sync(temporary / MANIFEST)
+        sync(temporary)
+        failpoint("before-rename")
         if path.exists():
-            path.rename(trash)
+            _move_to_trash(path)
+            failpoint("between-renames")
         temporary.rename(path)
+        failpoint("after-rename")
         sync(path.parent)
-        shutil.rmtree(trash, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    _empty_trash(path)
+
+
+def _move_to_trash(path: Path) -> None:
+    path.rename(path.with_name(f".trash-{path.name}-{uuid.uuid4().hex[:8]}"))
+
+
+def _empty_trash(path: Path) -> None:
+    for trash in path.parent.glob(f".trash-{path.name}-*"):
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def fault_of(path: Path) -> str | None:
@@ -96,17 +139,127 @@ def fault_of(path: Path) -> str | None:
     return None
 
 
-class Checkpoints:
-    """The checkpoints of one run directory."""
+def lock(out: Path) -> TextIO:
+    """Keeps other jobs out of a run directory, until the file is closed or this process ends.
 
-    def __init__(self, out: Path):
-        self.root = out / "checkpoints"
+    A POSIX lock: it is no loader worker's, and NFS passes it on to other machines. On a file system
+    without locks there is a warning only. Raises InUse naming the job that has it, UserError where
+    nothing can be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a+")  # noqa: SIM115 (it stays open)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from error
+    end = time.monotonic() + LOCK_SEC
+    while not _take(file):
+        if time.monotonic() > end:
+            file.seek(0)
+            holder = file.read().strip() or "another job"
+            file.close()
+            raise InUse(f"{out} is in use by {holder}; wait for it, or choose another --out")
+        time.sleep(0.2)
+    job = os.environ.get("SLURM_JOB_ID")
+    with suppress(OSError):  # only a note
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' * bool(job)}")
+        file.flush()
+    return file
+
+
+def _take(file: TextIO) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        print(f"warning: {file.name}: no locks here, so start no second job in this directory")
+    return True
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.
+
+    Args:
+        report: is told, from the writing thread, of a checkpoint that could not be written.
+    """
+
+    def __init__(self, out: Path, report: Callable[[str], None] = print):
+        self.root, self.report = out / "checkpoints", report
+        self._thread: threading.Thread | None = None
+        self._sound: set[Path] = set()
 
     def save(self, images_seen: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> Path:
         """Commits one checkpoint; `state` must be JSON and contain the resolved config."""
         path = self.root / f"images-{images_seen:09d}"
         write_directory(path, tensors, {"state": {"images_seen": images_seen, **state}})
+        self._sound.add(path)
         return path
+
+    def start_save(
+        self, images_seen: int, tensors: Mapping[str, Tensors], state: dict[str, Any]
+    ) -> None:
+        """Copies all tensors to host memory, and leaves the rest to a thread: commits them, and
+        removes what is not to be kept. First waits for the checkpoint before."""
+        self.wait()
+        copies = {
+            name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in group.items()}
+            for name, group in tensors.items()
+        }
+        arguments = (images_seen, copies, state)
+        self._thread = threading.Thread(target=self._save_and_prune, args=arguments)
+        self._thread.start()  # no daemon: a failing process still ends what it began to write
+
+    def wait(self) -> None:
+        """Returns when no checkpoint is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _save_and_prune(self, images_seen: int, tensors: Mapping, state: dict[str, Any]) -> None:
+        try:
+            self.save(images_seen, tensors, state)
+            self.prune()
+        except (OSError, SafetensorError) as error:
+            self.report(
+                f"{self.root}: the checkpoint at {images_seen:,} images could not be written: "
+                f"{error}; the one before it is whole, make room and start again"
+            )
+        except Exception as error:
+            self.report(f"a bug in saving a checkpoint: {type(error).__name__}: {error}")
+            raise
+
+    def prune(self) -> None:
+        """Removes all checkpoints older than the newest KEEP that verify."""
+        kept = 0
+        for path in sorted(self.root.glob("images-*"), reverse=True):
+            if kept < KEEP:
+                kept += path in self._sound or fault_of(path) is None
+            else:
+                failpoint("before-prune")
+                _move_to_trash(path)
+                failpoint("after-trash")
+                _empty_trash(path)
+
+    def clean(self) -> None:
+        """Removes what a killed process left behind; for the holder of the lock."""
+        for folder in (self.root.parent, self.root):
+            for pattern in (".tmp-*", ".trash-*"):
+                for path in folder.glob(pattern):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def at(self, images_seen: int) -> Checkpoint:
+        """A checkpoint that was verified before."""
+        path = self.root / f"images-{images_seen:09d}"
+        try:
+            return Checkpoint(path, images_seen, json.loads((path / "state.json").read_text()))
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{path} cannot be seen from {socket.gethostname()}: --out must be a directory "
+                "that all machines share"
+            ) from error
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies, or None where nothing was ever committed.
@@ -117,8 +270,8 @@ class Checkpoints:
         for path in candidates:
             fault = fault_of(path)
             if fault is None:
-                state = json.loads((path / "state.json").read_text())
-                return Checkpoint(path, state["images_seen"], state)
+                self._sound.add(path)
+                return self.at(int(path.name.removeprefix("images-")))
             print(f"warning: skipping checkpoint {path}: {fault}")
         if candidates:
             raise UserError(
@@ -227,11 +380,13 @@ def save_model(out: Path, kind: str, model: nn.Module, about: dict[str, Any]) ->
 
     Args:
         kind: the model's name in `pipeline.models.MODELS`.
-        about: JSON for the next stage: the stage's config, images seen, validation figures.
+        about: JSON for the next stage and the card: the stage's config, images seen, validation
+            figures, `model_card.data_of` the data.
     """
     config = dataclasses.asdict(model.config)  # pyright: ignore[reportArgumentType]
     document = {"kind": kind, "model": config, **about}
-    write_directory(out / "final", {"model": model.state_dict()}, {"config": document})
+    tensors = {"model": model.state_dict()}
+    write_directory(out / "final", tensors, {"config": document}, model_card.card)
     return model_sha256(out)
 
 
@@ -263,11 +418,18 @@ def load_model(path: Path | str, kind: str | None = None) -> Any:
     directory = final_directory(Path(path))
     if fault := fault_of(directory):
         raise UserError(f"{directory} is damaged: {fault}; restore it or train again")
-    about = read_about(directory)
-    if about["kind"] not in MODELS or (kind is not None and about["kind"] != kind):
-        raise UserError(f"{directory} holds a {about['kind']}, expected a {kind or 'known model'}")
-    config_type, model_type = MODELS[about["kind"]]
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
-    model = model_type(config_type(**values))
-    model.load_state_dict(load_file(directory / "model.safetensors"))
+    try:
+        about = read_about(directory)
+        found = about["kind"]
+        if found not in MODELS or (kind is not None and found != kind):
+            raise UserError(f"{directory} holds a {found}, expected a {kind or 'known model'}")
+        config_type, model_type = MODELS[found]
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
+        tensors = load_file(directory / "model.safetensors")
+        model = model_type(config_type(**values))
+        model.load_state_dict(tensors)
+    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError
+            ) as error:  # fmt: skip
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{directory} holds no model of this version ({reason})") from error
     return model.eval()

@@ -1,5 +1,8 @@
 """What several processes do together; with one process there is nothing to do."""
 
+import json
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -15,11 +18,23 @@ def all_reduce_sum(tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor)
 
 
-def all_true(flag: torch.Tensor) -> bool:
-    """Whether a boolean scalar is true on every process; the answer is the same on all of them."""
-    false = (~flag).float()
-    all_reduce_sum(false)
-    return not float(false)
+def all_reduce_max(tensor: torch.Tensor) -> None:
+    """The largest of each element over all processes, in place."""
+    if not alone():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def share(value: Any, source: int, device: torch.device) -> Any:
+    """A JSON value of the rank `source`, on all ranks."""
+    if alone():
+        return value
+    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor(len(data), device=device)
+    dist.broadcast(size, source)
+    if dist.get_rank() != source:
+        data = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(data, source)
+    return json.loads(bytes(data.tolist()))
 
 
 def rank_slice(count: int, rank: int, world_size: int) -> slice:

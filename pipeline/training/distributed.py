@@ -5,18 +5,23 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from pipeline.stage import UserError
 from pipeline.training import zero
+from pipeline.training.control import MARGIN_SEC, rank_timeout_sec
 
 
-def make_accelerator(accumulation: int = 1, timeout_sec: int = 600) -> Accelerator:
+def make_accelerator(accumulation: int = 1, timeout_sec: float | None = None) -> Accelerator:
     """The Accelerator for this launch: CUDA with NCCL where there is a GPU, else CPU with gloo.
 
     A step is made of `accumulation` micro-batches. Buffers are not broadcast: codebooks are kept
     identical by their own all-reduced statistics, and a broadcast would hide a fault in them.
+
+    Args:
+        timeout_sec: the longest that a process waits for the others; RANK_TIMEOUT_SEC by default.
     """
     cpu = not torch.cuda.is_available()
     handlers: list[Any] = [
@@ -25,15 +30,21 @@ def make_accelerator(accumulation: int = 1, timeout_sec: int = 600) -> Accelerat
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise UserError("mixed precision fp16 is not supported, use bf16: --mixed_precision bf16")
     zero_plugin = zero.make_plugin() if zero.is_requested() else None
+    seconds = timeout_sec or rank_timeout_sec() + MARGIN_SEC
     if zero_plugin or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        backend, timeout = "gloo" if cpu else "nccl", timedelta(seconds=timeout_sec)
+        backend, timeout = "gloo" if cpu else "nccl", timedelta(seconds=seconds)
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
-    return Accelerator(
-        cpu=cpu and not zero_plugin,  # with cpu=True accelerate ignores DeepSpeed
-        kwargs_handlers=handlers,
-        gradient_accumulation_steps=accumulation,
-        deepspeed_plugin=zero_plugin,
-    )
+    try:
+        return Accelerator(
+            cpu=cpu and not zero_plugin,  # with cpu=True accelerate ignores DeepSpeed
+            kwargs_handlers=handlers,
+            gradient_accumulation_steps=accumulation,
+            deepspeed_plugin=zero_plugin,
+        )
+    except dist.DistStoreError as error:
+        raise RuntimeError(
+            f"not all processes came within {seconds:g} s (see RANK_TIMEOUT_SEC): {error}"
+        ) from error
 
 
 def check_global_batch(batch_size: int, world_size: int, accumulation: int = 1) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from pipeline.training.checkpoint import KEEP
+
 
 def peak_memory_gib() -> float:
     """The most memory that tensors on the GPU, or without one the process, have taken so far."""
@@ -42,7 +44,7 @@ def report_dry_run(
     # a checkpoint holds the weights, their average and Adam's two moments
     state = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     parameters = sum(p.numel() for p in model.parameters())
-    saves = 2 + (total_images // save_every if save_every else 0)
+    saves = min(KEEP + 1, 2 + (total_images // save_every if save_every else 0))
     if accelerator.is_main_process:
         print(f"parameters      {parameters:,}")
         print(f"memory          {peak_memory_gib():.2f} GiB at the peak of one process")

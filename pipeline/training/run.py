@@ -16,17 +16,21 @@ The loop itself is written out in its stage:
     run.tracker.close()
     ...                                  final/
     return run.end()
+
+Where the run is asked to stop, the step in progress is the last: it saves, and `start_step` raises
+Requeue instead of beginning another.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import numpy as np
 import torch
 from torch import nn
 
 from pipeline import stage
-from pipeline.training.checkpoint import Checkpoints, restore_training, training_tensors
+from pipeline.training.checkpoint import Checkpoints, lock, restore_training, training_tensors
+from pipeline.training.control import on_rank_zero
 from pipeline.training.schedule import is_due, learning_rate
 from pipeline.training.steps import Steps
 from pipeline.training.tracking import MeanMetrics, Tracker
@@ -75,12 +79,27 @@ class Run:
         self.accelerator, self.optimizer = steps.accelerator, steps.optimizer
         self.data_sha256, self.before_save = data_sha256, before_save
         self.extra = dict(extra or {})
-        self.checkpoints, self.means = Checkpoints(config.out), MeanMetrics()
+        self.control, self.means = steps.control, MeanMetrics()
+        self.checkpoints = Checkpoints(config.out, self._report)
+        self.lock: TextIO | None = None
         self.images_seen, self.resumed, self.paused = 0, False, False
 
+    def _report(self, fault: str) -> None:
+        self.control.fault = fault
+
+    def _claim(self) -> int | None:
+        """Takes the run directory for this job; images seen at its newest checkpoint, if any."""
+        self.lock = lock(self.config.out)
+        self.checkpoints.clean()
+        newest = self.checkpoints.newest()
+        return None if newest is None else newest.images_seen
+
     def resume(self) -> bool:
-        """Goes back to the newest checkpoint that verifies; False where nothing was committed."""
-        if checkpoint := self.checkpoints.newest():
+        """Takes the run directory, and goes back to the newest checkpoint that verifies; False
+        where nothing was committed. Raises UserError where another job has the directory."""
+        newest = on_rank_zero(self._claim, self.accelerator.device)
+        if newest is not None:
+            checkpoint = self.checkpoints.at(newest)
             self.images_seen = restore_training(
                 checkpoint, stage.to_dict(self.config), self.data_sha256,
                 self.model, self.average.model, self.optimizer,
@@ -93,9 +112,11 @@ class Run:
     def start(self, name: str, data: str) -> None:
         """Tells where the run begins: `name` stands before the progress bar, `data` says on what
         it trains."""
+        self.control.listen(self.config.out)
         self.accelerator.wait_for_everyone()
         if not self.resumed:
             self.save()  # the untrained state, so that an early death loses nothing
+            self.finish_saving()
         out, seen, is_main = self.config.out, self.images_seen, self.accelerator.is_main_process
         if is_main:
             where = f"resuming at {seen:,} images" if seen else "starting anew"
@@ -114,7 +135,9 @@ class Run:
         return is_due(every, self.images_seen - self.config.batch_size, self.images_seen)
 
     def start_step(self) -> None:
-        """Sets the learning rate."""
+        """Sets the learning rate. Raises Requeue if the step before was agreed to be the last."""
+        if self.control.stops:
+            self._stop()
         if self.paused:  # what was done since the last step does not count as throughput
             self.tracker.restart_clock(self.images_seen)
         self.rate = learning_rate(
@@ -130,11 +153,14 @@ class Run:
         Args:
             metrics: scalars of this rank's part of the batch; None where the step was skipped.
 
-        Raises UserError, after saving, where the run has diverged.
+        Raises UserError where a checkpoint could not be written, and, after saving, where the run
+        has diverged.
         """
         self.images_seen += self.config.batch_size
+        self.control.raise_fault()
         if self.steps.diverged:
             self.save()
+            self.finish_saving()
             raise self.steps.error()
         if metrics is not None:
             self.average.update(self.model, self.config.batch_size, self.trained_images)
@@ -142,7 +168,7 @@ class Run:
         self.tracker.advance(self.config.batch_size)
 
         ends = self.images_seen >= self.config.total_images
-        saves = ends or self.is_due(self.config.save_every)
+        saves = ends or self.control.stops or self.is_due(self.config.save_every)
         logs = saves or self.is_due(self.config.log_every)
         validates = ends or self.is_due(self.config.validate_every)
         self.paused = logs or validates
@@ -158,7 +184,8 @@ class Run:
         self.tracker.log(self.images_seen, {**values, **shared})
 
     def save(self) -> None:
-        """Commits a checkpoint; collective."""
+        """Begins to write a checkpoint of this moment; collective. A failure ends the run with the
+        next step, or in `finish_saving`."""
         if self.before_save is not None:
             self.before_save()
         tensors = training_tensors(self.model, self.average.model, self.optimizer)
@@ -170,11 +197,34 @@ class Run:
                 **self.steps.state(),
                 **stage.provenance(),
             }
-            self.checkpoints.save(self.images_seen, tensors, state)
-        self.accelerator.wait_for_everyone()
+            self.checkpoints.start_save(self.images_seen, tensors, state)
+
+    def finish_saving(self) -> None:
+        """Returns when the checkpoint is committed; collective. Raises UserError if it is not."""
+        self.checkpoints.wait()
+        with self.control.step():
+            self.control.agree(torch.ones((), dtype=torch.bool, device=self.accelerator.device))
+        self.control.raise_fault()
+
+    def _stop(self) -> NoReturn:
+        reason, seen = self.control.asked or "another rank", self.images_seen
+        self.tracker.close()
+        self.finish_saving()
+        self.control.forget_files()
+        self._part()
+        raise stage.Requeue(f"stopped by {reason} at {seen:,} images; start again to go on", seen)
 
     def end(self) -> int:
-        """Waits for all ranks and parts from them; returns the images seen."""
+        """Waits for the last checkpoint and for all ranks, and parts from them; returns the images
+        seen."""
+        self.finish_saving()
+        self.control.forget_files()
+        self._part()
+        return self.images_seen
+
+    def _part(self) -> None:
+        self.control.close()
+        if self.lock is not None:
+            self.lock.close()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        return self.images_seen

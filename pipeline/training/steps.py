@@ -1,7 +1,7 @@
 """Optimizer steps that all ranks take, or all ranks skip."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from pipeline.stage import UserError
 from pipeline.training import zero
-from pipeline.training.collectives import all_true
+from pipeline.training.control import Control
 
 
 class Steps:
@@ -17,7 +17,8 @@ class Steps:
 
     Where the loss of any rank, or the gradient, is not finite, every rank skips the step: weights,
     moments and schedule stay as they are. `skipped` counts such steps since the start of the run,
-    and after too many in a row `diverged` is true.
+    and after too many in a row `diverged` is true. `control` agrees on that, and on what else the
+    ranks decide in each step.
 
     Args:
         model: as `accelerator.prepare` returned it; `optimizer` likewise.
@@ -36,6 +37,7 @@ class Steps:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.gradient_clip, self.patience = gradient_clip, patience
         self.skipped = self.in_a_row = 0
+        self.control = Control(accelerator.device)
 
     def take(
         self, losses: Iterable[torch.Tensor], before_backward: Callable[[], None] | None = None
@@ -47,8 +49,14 @@ class Steps:
             before_backward: called before the last backward pass, when all ranks know that all
                 losses are finite.
         """
+        with self.control.step():
+            return self._take(iter(losses), before_backward)
+
+    def _take(
+        self, losses: Iterator[torch.Tensor], before_backward: Callable[[], None] | None
+    ) -> torch.Tensor | None:
         device = self.accelerator.device
-        losses, finite = iter(losses), torch.ones((), dtype=torch.bool, device=device)
+        finite = torch.ones((), dtype=torch.bool, device=device)
         for _ in range(self.accelerator.gradient_accumulation_steps):
             with self.accelerator.accumulate(self.model):
                 loss = next(losses)
@@ -56,7 +64,7 @@ class Steps:
                 if self.accelerator.sync_gradients:
                     # before this backward: it reduces gradients over the ranks, and DeepSpeed's
                     # even takes the step
-                    if not all_true(finite):
+                    if not self.control.agree(finite):
                         return self._skip()
                     if before_backward is not None:
                         before_backward()

@@ -1,0 +1,254 @@
+"""Trainings on several ranks that a test kills, stops, starves or asks to end.
+
+    job = Job(shards, out, "kill:1:5")      rank 1 kills itself when it begins step 5
+    assert job.wait()[1] == -9
+
+The ranks are forked from one process that has imported everything, because imports take seconds.
+What they print goes to <out>.log, which samples they read to <out>.samples<rank>.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TOTAL, BATCH, SAVE, COUNT = 256, 16, 32, 128  # images; the last is of the training split
+STEPS = TOTAL // BATCH
+# codes die and start anew; the metrics have lines between the checkpoints
+FLAGS = (
+    f"--config={ROOT}/configs/debug/train_vqvae.yaml", f"--batch_size={BATCH}",
+    f"--total_images={TOTAL}", f"--save_every={SAVE}", "--validate_every=128", "--log_every=16",
+    "--model.decay=0.5", "--model.revival=0.5", "--compare_every=64",
+)  # fmt: skip
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["pipeline.train_vqvae", "pipeline.training.run"])
+
+
+class Job:
+    """A start of the training; its ranks are processes.
+
+    Args:
+        fault: `ACTION:RANK:STEP`, see `inject`; several are separated by commas.
+        flags: of train_vqvae.py, besides FLAGS.
+        environment: of all ranks, such as FAILPOINT.
+        launcher: one more process between this one and the ranks, as torchrun is.
+    """
+
+    def __init__(
+        self, shards: Path, out: Path, fault: str = "", *flags: str, world: int = 2,
+        launcher: bool = False, **environment: str,
+    ):  # fmt: skip
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = {"RANK_TIMEOUT_SEC": "60", "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                       "LOCAL_WORLD_SIZE": str(world), **environment}  # fmt: skip
+        flags = (*FLAGS, f"--data={shards}", f"--out={out}", *flags)
+        self.out, self.began = out, time.monotonic()
+        starts = [(rank, flags, environment, fault, out) for rank in range(world)]
+        if launcher:
+            self.processes = [_server.Process(target=_launch, args=(starts,))]
+        else:
+            self.processes = [_server.Process(target=_run_rank, args=start) for start in starts]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, seconds: float = 60) -> list[int]:
+        """Exit codes by rank; AssertionError where a rank is still there after so many seconds,
+        SIGSTOP included."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        hanging = [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        assert not hanging, f"ranks {hanging} hang\n{self.log()}"
+        return [process.exitcode for process in self.processes]
+
+    def wait_for_step(self, step: int) -> None:
+        """Until so many steps are done."""
+        end = time.monotonic() + 60
+        path = self.out / "metrics.jsonl"
+        while step and (not path.is_file() or path.read_text().count("loss/total") < step):
+            assert time.monotonic() < end, self.log()
+            time.sleep(0.02)
+
+    def signal(self, number: int, *ranks: int) -> None:
+        for rank in ranks or range(len(self.processes)):
+            os.kill(self.processes[rank].pid, number)
+
+    def log(self) -> str:
+        path = self.out.with_suffix(".log")
+        return path.read_text() if path.is_file() else ""
+
+    def status(self) -> dict:
+        return json.loads((self.out / "status.json").read_text())
+
+
+def _launch(starts: list) -> None:
+    """A launcher that only waits, as those of accelerate and torch do."""
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=_run_rank, args=start) for start in starts]
+    for rank in ranks:
+        rank.start()
+    pids = " ".join(str(rank.pid) for rank in ranks)
+    starts[0][-1].with_suffix(".pids").write_text(pids)
+    for rank in ranks:
+        rank.join()
+
+
+def _run_rank(rank: int, flags: tuple, environment: dict, fault: str, out: Path) -> None:
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    with open(out.with_suffix(".log"), "ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a command
+    import mutations  # noqa: F401  takes a safeguard away where MUTATION says so
+    import torch
+
+    from pipeline import stage, train_vqvae
+
+    torch.set_num_threads(1)
+    for one in filter(None, fault.split(",")):
+        action, who, step = one.split(":")
+        if int(who) == rank:
+            inject(action, int(step), out)
+    _log_samples(out.with_suffix(f".samples{rank}"))
+    sys.argv = ["train_vqvae.py", *flags]
+    stage.run(train_vqvae.TrainVQVAE, train_vqvae.main)
+
+
+def start(function: Callable, *arguments: Any) -> Any:
+    """A process that calls a function of a test's module."""
+    process = _server.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def on_ranks(function: Callable[[int], Any], world: int = 2) -> list:
+    """What a function of the rank returns on each, in processes that make up a group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = _server.SimpleQueue()
+    ranks = [start(_run_function, function, n, world, port, results) for n in range(world)]
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0] * world
+    return [found for _, found in sorted(results.get() for _ in ranks)]
+
+
+def _run_function(function: Callable, rank: int, world: int, port: int, results: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    results.put((rank, function(rank)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def inject(action: str, step: int, out: Path) -> None:
+    """Has this rank do something when it begins a step, counted from the start of the run.
+
+    Actions: `kill`, `stop` (SIGSTOP), `sleep4` (seconds), `term` and `usr1` (signals to itself),
+    `file` (makes STOP), `error` and `memory` (exceptions), `limit` (no more memory is given),
+    `exit` (before the ranks have met; the step is ignored).
+    """
+    from pipeline.training.run import Run
+
+    start_step = Run.start_step
+    if action == "exit":
+        os._exit(1)
+
+    def disturbed(run: Run) -> None:
+        if run.images_seen == step * BATCH:
+            if action in ("kill", "stop", "term", "usr1"):
+                os.kill(os.getpid(), getattr(signal, f"SIG{action.upper()}"))
+            elif action.startswith("sleep"):
+                time.sleep(float(action.removeprefix("sleep")))
+            elif action == "file":
+                (out / "STOP").touch()
+            elif action == "limit":
+                resource.setrlimit(resource.RLIMIT_AS, (2**20, 2**20))
+            else:
+                raise MemoryError if action == "memory" else ValueError("on purpose")
+        start_step(run)
+
+    Run.start_step = disturbed
+
+
+def _log_samples(path: Path) -> None:
+    """Has this rank write down which samples it reads, and where in the stream it starts."""
+    from pipeline import train_vqvae
+
+    original = train_vqvae.training_batches
+
+    def training_batches(fetch, count, *, start, **rest):
+        log = open(path, "a", buffering=1)  # noqa: SIM115
+        places = itertools.count(start, rest["batch_size"])
+
+        def logged(indices):
+            log.write(json.dumps([next(places), indices.tolist()]) + "\n")
+            return fetch(indices)
+
+        return original(logged, count, start=start, **rest)
+
+    train_vqvae.training_batches = training_batches
+
+
+def consumption(out: Path, rank: int) -> Iterator[tuple[int, list[int]]]:
+    """(images seen before, samples) of each batch that a rank has read, over all starts."""
+    path = out.with_suffix(f".samples{rank}")
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        yield tuple(json.loads(line))
+
+
+def assert_samples_as_planned(out: Path, world: int = 2) -> None:
+    """Of what was read again after a resume only the last time counts: then every global batch is
+    there once, and holds what an undisturbed run has. Loader workers may read on."""
+    from pipeline.data.order import stream
+
+    read = [dict(consumption(out, rank)) for rank in range(world)]
+    for seen in range(0, TOTAL, BATCH):
+        samples = [sample for part in read for sample in part.get(seen, [])]
+        assert samples == stream(0, COUNT, seen, BATCH).tolist(), seen
+
+
+def state(out: Path) -> dict:
+    """All that training has come to: hashes of weights, codebooks, average and moments, and the
+    lines of metrics."""
+    newest = max((out / "checkpoints").glob("images-*"))
+    files = {}
+    for directory in (newest, out / "final"):
+        manifest = json.loads((directory / "manifest.json").read_text())["files"]
+        files |= {
+            f"{directory.name}/{name}": entry["sha256"]
+            for name, entry in manifest.items() if name.endswith(".safetensors")
+        }  # fmt: skip
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    drop = {"time", "throughput/images_per_sec"}
+    return {
+        "files": files,
+        "lines": [{key: line[key] for key in line if key not in drop} for line in lines],
+        "state": json.loads((newest / "state.json").read_text())["images_seen"],
+    }
+
+
+def debris(out: Path) -> list[Path]:
+    """What a killed process leaves behind and the next start removes."""
+    return [path for path in out.rglob(".*") if path.name.startswith((".tmp-", ".trash-"))]
