@@ -320,14 +320,12 @@ class Evaluation:
         tracker.introduce(seen, "evaluation", config)
         tracker.document(seen, "protocol", about)
         tracker.log(seen, {figure["tag"]: figure["value"] for figure in found.figures})
+        files = {title: f"{title.replace(' ', '_')}.png" for title in found.pictures}
         for title, image in found.pictures.items():
             tracker.image(seen, f"evaluation/{title}", image)
-            pictures.save_png(image, config.out / f"{title}.png")
+            pictures.save_png(image, config.out / files[title])
         tracker.close()
-        report.write_report(
-            config.out, about, found.figures,
-            {title: f"{title}.png" for title in found.pictures}, found.curves, found.absent,
-        )  # fmt: skip
+        report.write_report(config.out, about, found.figures, files, found.curves, found.absent)
         runs = [config.checkpoint, *sorted(config.checkpoint.resolve().parent.glob("prior-level*"))]
         html.write_report_page(config.out, [*runs, *([config.judge] if config.judge else [])])
         print(f"{config.out / 'report.html'}: {self.count:,} images per set")

@@ -36,17 +36,22 @@ class Evil:
         return os.system, (self.command,)
 
 
-def png(width: int, height: int, rows: int | None = None) -> bytes:
-    """A black image in kilobytes, of which the first `rows` are there; None: all."""
+def png(width: int, height: int, grey: bool = False, rows: int | None = None) -> bytes:
+    """A black image in kilobytes, of which the first `rows` are there; None: all.
+
+    Args:
+        grey: one bit per pixel, so that 20,000 x 20,000 are written at once; else RGB.
+    """
 
     def chunk(name: bytes, data: bytes) -> bytes:
         content = name + data
         return struct.pack(">I", len(data)) + content + struct.pack(">I", zlib.crc32(content))
 
     packed = zlib.compressobj(1)
+    line = 1 + (-(-width // 8) if grey else 3 * width)
     lines = range(height if rows is None else rows)
-    data = b"".join(packed.compress(bytes(1 + 3 * width)) for _ in lines) + packed.flush()
-    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
+    data = b"".join(packed.compress(bytes(line)) for _ in lines) + packed.flush()
+    header = struct.pack(">2I5B", width, height, *((1, 0) if grey else (8, 2)), 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
     )
@@ -263,7 +268,7 @@ def write_corpus(root: Path) -> None:
     items |= {f"{name}.safetensors": content for name, content in safetensors(root).items()}
     items |= {f"{name}.npy": content for name, content in arrays(root).items()}
     items |= {f"{name}.yaml": text.encode() for name, text in configs(root).items()}
-    items |= {"evil.pt": pickle.dumps(Evil(root)), "bomb.jpg": png(20_000, 20_000, rows=2)}
+    items |= {"evil.pt": pickle.dumps(Evil(root)), "bomb.jpg": png(20_000, 20_000, grey=True)}
     for name, content in items.items():
         (root / name).write_bytes(content)
     for name, table in tables(root).items():

@@ -6,12 +6,15 @@ Rows D1, D2 and D3 of the fault matrix; hostile files are in test_hostile.py.
 import dataclasses
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import metrics
+from conftest import ROOT, metrics
 from faults import Job
 from PIL import Image
 from test_images import noise, png
@@ -269,6 +272,27 @@ def test_an_error_in_a_worker_is_the_one_line_that_it_is_without(shards, workers
         batches(images, COUNT, 1, workers=workers)
     assert str(caught.value).startswith(f"{shards / 'train-1.tar'}: k08.png is damaged")
     assert "\n" not in str(caught.value)
+
+
+def test_a_process_that_fails_with_its_workers_alive_ends():
+    """They ignore the SIGTERM by which Python ends its children."""
+    script = """
+import sys
+import numpy as np
+from pipeline.data.loader import training_batches
+sys.batches = training_batches(lambda i: {"a": i}, 8, batch_size=8, seed=0, workers=1)
+next(sys.batches)
+raise SystemExit(3)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        timeout=60,
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert found.returncode == 3 and found.stderr == b""
 
 
 @pytest.mark.parametrize("n", [1, 2, 37, 1000])

@@ -293,7 +293,7 @@ MEMORY = """
 
     rng = np.random.default_rng(0)
     a, b = (torch.from_numpy(rng.standard_normal((20_000, 2048), np.float32)) for _ in "ab")
-    assert 0 < fidelity.frechet_distance(a, b + 0.1) < 1000
+    assert 0 < fidelity.frechet_distance(a, b.add_(0.1)) < 1000
     # of this program alone; getrusage would count in the one that started it
     status = Path("/proc/self/status").read_text()
     print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)

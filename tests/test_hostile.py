@@ -115,11 +115,14 @@ def test_indexes(tmp_path, name):
         refuses(lambda: train(shards, tmp_path / "out", flag), thing)
 
 
-@pytest.mark.parametrize("size", [(20_000, 20_000), (2**31 - 1, 2**31 - 1), (64_000_001, 1)])
+@pytest.mark.parametrize("size", [(20_000, 20_000), (9000, 9000), (2**31 - 1, 2**31 - 1)])
 def test_images_of_absurd_size(tmp_path, size):
-    bomb = hostile.png(*size, rows=0)
+    bomb = hostile.png(*size, grey=True, rows=size[0] if size[0] < 2**31 - 1 else 0)
     shards = hostile.image_shards(tmp_path / "shards", bomb)
-    refuses(lambda: open_images(shards, "train", 64, progress=False), "train-0.tar", "image a")
+    error = refuses(
+        lambda: open_images(shards, "train", 64, progress=False), "train-0.tar: image a"
+    )
+    assert "pixels" in error
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "bomb.jpg").write_bytes(bomb)
     refuses(lambda: command(
@@ -242,7 +245,7 @@ def test_as_a_command_under_a_limit_of_memory(tmp_path):
     """The script itself, with an address space that a bomb would not fit into."""
     (tmp_path / "in").mkdir()
     for number, size in enumerate([(20_000, 20_000), (30_000, 30_000)]):
-        (tmp_path / "in" / f"{number}.jpg").write_bytes(hostile.png(*size, rows=2))
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(hostile.png(*size, grey=True))
     start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     found = subprocess.run(
         [sys.executable, ROOT / "pipeline/shard_data.py", "--source=folder", "--workers=1",

@@ -34,6 +34,8 @@ def test_commands_parse(command):
         flags = words[words.index(scripts[0]) + 1 :]
         flags = [str(ROOT / word) if word.startswith("configs/") else word for word in flags]
         stage.parse(getattr(module, class_name), flags)
+    elif words[0].startswith("slurm/"):
+        assert (ROOT / words[0]).is_file(), command
     else:
         assert words[0] in ("git", "cd", "tensorboard"), command
 

@@ -368,7 +368,9 @@ def _faults_noted(note: Path, expected: dict, tolerant: bool) -> list[Fault] | N
         return None
 
 
-def _load_cache(directory: Path, name: str) -> tuple[_CachedPixels, dict[str, np.ndarray]] | None:
+def _load_cache(
+    directory: Path, name: str, recipe: Recipe
+) -> tuple[_CachedPixels, dict[str, np.ndarray]] | None:
     """None where a file is missing or damaged."""
     arrays = directory / f"{name}.metadata.npz"
     try:
@@ -378,7 +380,9 @@ def _load_cache(directory: Path, name: str) -> tuple[_CachedPixels, dict[str, np
         with np.load(arrays, allow_pickle=False) as file:
             metadata = {key: file[key] for key in ("keys", "attributes", "labels", "factors")}
         pixels = _CachedPixels(directory / f"{name}.npy")
-        return (pixels, metadata) if len(pixels.array) == len(metadata["keys"]) else None
+        shape = (len(metadata["keys"]), *_shape(recipe))
+        fits = pixels.array.shape == shape and pixels.array.dtype == np.uint8
+        return (pixels, metadata) if fits else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
@@ -425,16 +429,16 @@ def open_images(
         write_json(note, {**expected, **({"corrupt": faults} if faults else {})})
 
     if cache:
-        loaded = _load_cache(directory, split) if noted() is not None else None
+        loaded = _load_cache(directory, split, recipe) if noted() is not None else None
         if loaded is None:
             with _locked(directory):
                 # another process may just have built it
-                loaded = _load_cache(directory, split) if noted() is not None else None
+                loaded = _load_cache(directory, split, recipe) if noted() is not None else None
                 if loaded is None:
                     write_note(_build_cache(
                         directory, streamed(), index, split, workers, progress, tolerant
                     ))  # fmt: skip
-                    loaded = _load_cache(directory, split)
+                    loaded = _load_cache(directory, split, recipe)
         if loaded is None:
             raise UserError(f"{directory} cannot be read again after writing: look at the disk")
         pixels, metadata = loaded

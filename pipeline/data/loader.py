@@ -3,7 +3,11 @@
 The loader's whole state is one integer, the samples consumed so far (see pipeline.data.order).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -71,13 +75,29 @@ def training_batches(
         worker_init_fn=stage.ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
     )
-    return map(_checked, iter(loader))
+    before = multiprocessing.active_children()
+    iterator = iter(loader)
+    started = [child for child in multiprocessing.active_children() if child not in before]
+    if started:
+        Finalize(None, _kill, [started], exitpriority=1)
+    return _checked(iterator)
 
 
-def _checked(batch: dict[str, torch.Tensor] | UserError) -> dict[str, torch.Tensor]:
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
+def _kill(workers: Sequence[BaseProcess]) -> None:
+    """At the exit of a process that left its workers behind: they ignore the SIGTERM by which
+    Python ends them then, before it waits for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch has something to say about it
+    for worker in workers:
+        worker.kill()
+
+
+def _checked(iterator: Iterator[Any]) -> Iterator[dict[str, torch.Tensor]]:
+    while True:
+        batch = next(iterator)
+        if isinstance(batch, UserError):
+            del iterator  # ends the workers; the error's traceback would keep it
+            raise batch
+        yield batch
 
 
 class _Endless:
