@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -105,7 +106,7 @@ def parse(
     parser = make_parser(config_type, description)
     try:
         words = _normal_flags(sys.argv[1:] if arguments is None else arguments)
-        for word, following in zip(words, [*words[1:], ""], strict=True):
+        for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
             name, equals, value = word.partition("=")
             if name == "--config":
                 _check_yaml(Path(value if equals else following))
@@ -135,7 +136,7 @@ def _normal_flags(words: Sequence[str]) -> list[str]:
     """`--dry-run` -> `--dry_run=true`: dashes in names, and flags without a value, as people type
     them."""
     normal = []
-    for word, following in zip(words, [*words[1:], "--"], strict=False):
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
         if word.startswith("--"):
             name, equals, value = word.partition("=")
             word = "--" + name[2:].replace("-", "_") + equals + value

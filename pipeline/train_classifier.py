@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from pipeline import stage
 from pipeline.data import corruption
 from pipeline.data.corruption import CorruptConfig
-from pipeline.data.images import ImageSet, open_images
+from pipeline.data.images import ImageSet, open_for_training
 from pipeline.data.loader import training_batches
 from pipeline.evaluation import judge, model_card, pictures
 from pipeline.models.classifier import Classifier, ClassifierConfig, loss
@@ -126,13 +126,7 @@ def main(config: TrainClassifier) -> int:
 
     # Data: rank 0 fills the cache, the others wait for it.
     with accelerator.main_process_first():
-        train, valid = (
-            open_images(
-                config.data, split, config.image_size,
-                cache=config.cache, corrupt=config.corrupt, seed=config.seed,
-            )
-            for split in ("train", "valid")
-        )  # fmt: skip
+        train, valid = open_for_training(config)
     task, chosen = judge.find_task(train, config.half, config.data)
     targets, part = judge.targets_of(train, task), rank_slice
 

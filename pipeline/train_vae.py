@@ -29,7 +29,7 @@ from pipeline import stage
 from pipeline.data import corruption
 from pipeline.data.binarize import binarize
 from pipeline.data.corruption import CorruptConfig
-from pipeline.data.images import ImageSet, open_images
+from pipeline.data.images import ImageSet, open_for_training
 from pipeline.data.loader import training_batches
 from pipeline.evaluation import latent_pictures, model_card, pictures
 from pipeline.evaluation.information import active_units
@@ -232,13 +232,7 @@ def main(config: TrainVAE) -> int:
 
     # Data: rank 0 fills the cache, the others wait for it.
     with accelerator.main_process_first():
-        train, valid = (
-            open_images(
-                config.data, split, config.image_size,
-                cache=config.cache, corrupt=config.corrupt, seed=config.seed,
-            )
-            for split in ("train", "valid")
-        )  # fmt: skip
+        train, valid = open_for_training(config)
     if len(valid) < world:
         raise stage.UserError(
             f"{config.data} has {len(valid)} validation images, fewer than the {world} processes"

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from pipeline import stage
 from pipeline.data import corruption
 from pipeline.data.corruption import CorruptConfig
-from pipeline.data.images import ImageSet, open_images, pixel_variance
+from pipeline.data.images import ImageSet, open_for_training, pixel_variance
 from pipeline.data.loader import training_batches
 from pipeline.evaluation import model_card, pictures
 from pipeline.models.quantizers import usage
@@ -273,13 +273,7 @@ def main(config: TrainVQVAE) -> int:
 
     # Data: rank 0 fills the cache, the others wait for it.
     with accelerator.main_process_first():
-        train, valid = (
-            open_images(
-                config.data, split, config.image_size,
-                cache=config.cache, corrupt=config.corrupt, seed=config.seed,
-            )
-            for split in ("train", "valid")
-        )  # fmt: skip
+        train, valid = open_for_training(config)
     if train.recipe.channels != config.model.in_channels:
         raise stage.UserError(
             f"{config.data} has images of {train.recipe.channels} channels; "

@@ -89,6 +89,7 @@ def test_the_paper_sizes_are_the_papers():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], "data, out"),
         (["--data=d", "--out=o", "--modle.channels=3"], "modle.channels"),
         (["--data=d", "--out=o", "--model.chan=3"], "model.chan"),  # no abbreviations
         (["--data=d", "--out=o", "--model.channels=three"], "model.channels"),

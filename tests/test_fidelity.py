@@ -1,8 +1,6 @@
 """Distances: names, safety of the weights file, and the arithmetic against other ways to it."""
 
 import hashlib
-import os
-import pickle
 import subprocess
 import sys
 
@@ -120,37 +118,6 @@ def test_names_of_published_and_other_features():
     assert fidelity.tag("samples", "frechet", "judge") == "frechet/judge"
     assert fidelity.tag("samples", "kid", "inception") == "kid/inception"
     assert fidelity.tag("floor", "frechet", "judge") == "evaluation/floor/frechet/judge"
-
-
-def test_evil_weights_are_refused_and_do_nothing(tmp_path):
-    canary, path = tmp_path / "canary", tmp_path / "evil.pth"
-
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(canary),)
-
-    for write in (torch.save, lambda value, file: file.write_bytes(pickle.dumps(value, 2))):
-        write({"fc.weight": Evil()}, path)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        for known in (None, sha256):
-            with pytest.raises(UserError) as refusal:
-                extractors.inception_extractor(path, CPU, known)
-            assert "\n" not in str(refusal.value) and path.name in str(refusal.value)
-            assert not canary.exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"not weights", None])
-def test_what_is_no_weights_file_is_refused_in_one_line(tmp_path, content):
-    path = tmp_path / "weights.pth"
-    if content is None:
-        torch.save({"fc.weight": torch.zeros(3)}, path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(UserError) as refusal:
-        extractors.inception_extractor(path, CPU, hashlib.sha256(path.read_bytes()).hexdigest())
-    assert "\n" not in str(refusal.value)
-    with pytest.raises(UserError, match="cannot be read"):
-        extractors.inception_extractor(tmp_path / "absent.pth", CPU)
 
 
 def gaussian_distance(mean_a, a, mean_b, b):
@@ -381,19 +348,21 @@ def test_too_few_and_unlike_features_are_refused():
         fidelity.frechet({"layer": torch.ones(20, 3)}, {"layer": torch.ones(20, 4)})
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_statistics_of_20_000_wide_features_need_less_than_2_gb():
     script = """if True:
-        import resource, torch
+        import pathlib, torch
         from pipeline.evaluation.fidelity import _statistics
         found = _statistics(torch.rand(20_000, 2048))
         assert abs(found["mu"] - 1 / 2).max() < 0.02
         assert abs(found["sigma"].diagonal() - 1 / 12).max() < 0.01
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        # of this program alone: getrusage counts in the one that started it
+        print(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     """
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert int(done.stdout) * 1024 < 2e9  # ru_maxrss is in KiB
+    assert 0.5e9 < int(done.stdout) * 1024 < 2e9
 
 
 def test_judge_path_against_an_independent_computation(judge):

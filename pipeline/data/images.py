@@ -465,6 +465,19 @@ def open_images(
     )
 
 
+def open_for_training(config: Any) -> tuple[ImageSet, ImageSet]:
+    """The training and the validation split of a stage whose config has data, image_size, cache,
+    corrupt and seed."""
+    train, valid = (
+        open_images(
+            config.data, split, config.image_size,
+            cache=config.cache, corrupt=config.corrupt, seed=config.seed,
+        )
+        for split in ("train", "valid")
+    )  # fmt: skip
+    return train, valid
+
+
 def pixel_variance(images: ImageSet) -> float:
     """Variance of the pixels in [0, 1] about their one mean, all channels together.
 
