@@ -173,6 +173,11 @@ class Evaluation:
         real, train = ShardImages(self.real), ShardImages(self.train)
         samples = {name: self._open(path) for name, path in named(config.samples).items()}
         half = read_about(config.judge)["half"] if config.judge else None
+        if self.selector and half == rejection.SELECTOR_HALF:
+            raise stage.UserError(
+                f"{config.judge} was trained on the selector's half of the images and would praise "
+                "what the selector chose; give a judge trained with train_classifier.py --half 1"
+            )
         unseen = np.flatnonzero(half_of(self.train.keys) != half)
         sizes = {config.split: len(real), "train (floor)": len(unseen)}
         sizes |= {name: len(images) for name, images in samples.items()}

@@ -24,7 +24,7 @@ def toy_shards(root, num_train=240, num_valid=60, size=32, attributes=ATTRIBUTES
     """Shards of noise on which an attribute is easy to see; the third attribute is constant."""
 
     def sample(split, index):
-        rng = np.random.default_rng([index, len(split)])
+        rng = np.random.default_rng([index, split == "valid"])
         bright, red = rng.random(2) < 0.5
         pixels = rng.integers(0, 60, (size, size, 3)) + 150 * bright
         pixels[:, :16, 0] += 45 * red  # the left half is reddish; mirrored, the right

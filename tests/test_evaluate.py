@@ -383,6 +383,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tree, tmp_path):
         ("holds no trained model", {"checkpoint": tmp_path}),
         ("another recipe than", {"judge": tmp_path / "recipe"}),
         ("judge's half", {"selector": "judge"}),
+        ("selector's half", {"judge": "selector", "selector": "selector"}),
         ("has 31x32 pixels, needed 32x32", {"samples": tmp_path / "narrow"}),
         ("has no image files", {"samples": tmp_path / "empty"}),
         ("is not a directory", {"samples": tmp_path / "absent"}),

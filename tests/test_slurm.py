@@ -175,7 +175,10 @@ def test_a_disturbed_job_comes_back_and_ends_like_an_undisturbed_one(
     wait_for_images(out, 1500)
     disturb(cluster, job)
     cluster.wait(job, "COMPLETED")
-    assert int(cluster.field(job, "Restarts")) == 1
+    restarts = int(cluster.field(job, "Restarts"))
+    # to a node that was gone SLURM repeats its request to end the job, which may reach the next
+    # start of it there: one more interruption that the job has to survive
+    assert restarts >= 1 if disturb is node_dies else restarts == 1
     assert weights(out) == undisturbed
     assert "resuming at" in (tmp_path / "vqvae.log").read_text()
 
