@@ -3,6 +3,7 @@
     python pipeline/train_classifier.py --data runs/demo/shards --out runs/demo/classifier-judge
     torchrun --nproc_per_node 2 pipeline/train_classifier.py ...     two CPU processes, or two GPUs
     python pipeline/train_classifier.py --data ... --out ... --total_images 20000    a quick look
+    python pipeline/train_classifier.py ... --dry_run true           parameters, memory, disk, time
 
 The judge measures (accuracy, a Fréchet distance on its features); whoever selects samples by a
 classifier trains another one, on the other half (--half 0) with another --seed and --channels, so
@@ -32,6 +33,7 @@ from pipeline.models.classifier import Classifier, ClassifierConfig, loss
 from pipeline.training import distributed, zero
 from pipeline.training.checkpoint import save_model
 from pipeline.training.collectives import all_reduce_sum, rank_slice
+from pipeline.training.dry_run import report_dry_run
 from pipeline.training.run import Run
 from pipeline.training.schedule import Schedule
 from pipeline.training.steps import Steps
@@ -76,6 +78,8 @@ class TrainClassifier:
     cache: bool = True
     """Decode the shards once into a uint8 cache beside them; false = decode every time."""
     corrupt: CorruptConfig = CorruptConfig()
+    dry_run: bool = False
+    """Print parameters, memory, disk and the time to the end, from ten steps, and stop."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "total_images", "batch_size", "learning_rate"):
@@ -141,6 +145,16 @@ def main(config: TrainClassifier) -> int:
     adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     trained, optimizer = accelerator.prepare(model, adam)
     steps = Steps(accelerator, trained, optimizer, gradient_clip=math.inf)
+
+    if config.dry_run:
+        indices = chosen[np.arange(config.batch_size // world) % len(chosen)]
+        images = pictures.to_unit(train[indices], device)
+        wanted = torch.from_numpy(targets[indices]).to(device)
+        report_dry_run(
+            lambda: steps.take([loss(trained(images), wanted, task.kind)]),
+            model, config.batch_size, config.total_images, config.save_every, accelerator,
+        )  # fmt: skip
+        return 0
 
     def validate():
         logits = predict(average.model, valid, accelerator)

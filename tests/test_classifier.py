@@ -138,3 +138,10 @@ def test_figures_of_classes_ignore_unknown_labels():
 def test_average_precision_by_hand():
     scores, positive = np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, True, False])
     assert judge.average_precision(scores, positive) == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_dry_run_prints_costs_and_writes_nothing(shards, tmp_path, capsys):
+    assert main(config(shards, tmp_path / "run", dry_run=True)) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("parameters", "GiB", "images/s", "h for 3,840 images"))
+    assert not (tmp_path / "run").exists()
