@@ -7,8 +7,8 @@
     python benchmarks/vae_studies.py ... --total_images 20000 --seeds 1                a quick look
 
     beta            rate, distortion and disentanglement (MIG, DCI) over beta: drawn faces, 32 px
-    collapse        tools against posterior collapse, on MNIST with an autoregressive decoder that
-                    models the digits without z when nothing is done
+    collapse        tools against posterior collapse, on MNIST of 16 pixels with an autoregressive
+                    decoder that sees the whole digit, so that it can do without z
     dequantization  bits per dimension of grey MNIST digits by ways to dequantize, and by masses
 
 Every row is a run of pipeline/train_vae.py and a report of pipeline/report_vae.py; what is done is
@@ -40,7 +40,9 @@ from pipeline.evaluation.likelihood import bits_per_dim
 
 FACES = {"image_size": 32, "model.latent_dim": 16, "model.variance": 0.02}
 MNIST = ROOT / "configs" / "mnist"
-COLLAPSING = {"model.context_layers": 6, "model.context_kernel": 5, "model.latent_dim": 32}
+COLLAPSING = {
+    "image_size": 16, "model.context_layers": 6, "model.context_kernel": 5, "model.latent_dim": 32,
+}  # fmt: skip
 GREY = {"binarize": "false", "model.likelihood": "gaussian_global", "model.variance": 0.05}
 REFERENCE = "gaussian, uniform"  # the row that others are compared with, image by image
 STUDIES = {  # study: config, what each row changes (*_images as a share of the run), columns

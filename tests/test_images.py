@@ -99,7 +99,7 @@ def test_recipes_have_stable_distinct_hashes() -> None:
     assert len({recipe.hash for recipe in recipes}) == len(recipes)
     assert recipe_for("folder", 64).hash == recipe_for("faces", 64).hash
     assert recipe_for("celeba", 64).hash == GOLDEN_HASH
-    with pytest.raises(UserError, match="size 32"):
+    with pytest.raises(UserError, match="padded to 32 pixels, or 16; not 28"):
         recipe_for("mnist", 28)
     with pytest.raises(UserError, match="codes"):
         recipe_for("codes", 64)

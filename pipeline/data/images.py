@@ -70,8 +70,8 @@ def recipe_for(source: str, size: int) -> Recipe:
     if source == "celeba":  # the centre 140 as in the WAE and RAE papers
         return Recipe(size, crop=140 if size == 64 else 178)
     if source == "mnist":
-        if size != 32:
-            raise UserError(f"MNIST's images are padded to size 32; {size} is not possible")
+        if size not in (16, 32):
+            raise UserError(f"MNIST's images are padded to 32 pixels, or 16; not {size}")
         return Recipe(size, crop=28, pad=2, channels=1)
     if source in ("faces", "folder"):
         return Recipe(size, crop=None)
