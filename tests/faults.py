@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,19 @@ FLAGS = (
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["pipeline.train_vqvae", "pipeline.training.run"])
+
+
+def make_shards(root: Path) -> Path:
+    """Shards of 160 drawn faces at 32 px, in three splits."""
+    from pipeline.data.faces import write_faces
+    from pipeline.shard_data import ShardData, main
+
+    write_faces(root / "faces", num_faces=160, size=32, seed=0, workers=1)
+    main(
+        ShardData(source="faces", root=root / "faces", out=root / "shards", num_faces=160,
+                  face_size=32, shard_size=50, workers=1)
+    )  # fmt: skip
+    return root / "shards"
 
 
 class Job:
@@ -88,6 +102,13 @@ class Job:
     def signal(self, number: int, *ranks: int) -> None:
         for rank in ranks or range(len(self.processes)):
             os.kill(self.processes[rank].pid, number)
+
+    def wait_until_stopped(self, rank: int) -> None:
+        """Until a rank has stopped itself (SIGSTOP), or ended."""
+        stat, end = Path(f"/proc/{self.processes[rank].pid}/stat"), time.monotonic() + 60
+        while self.processes[rank].is_alive() and stat.read_text().rpartition(") ")[2][0] != "T":
+            assert time.monotonic() < end, self.log()
+            time.sleep(0.02)
 
     def log(self) -> str:
         path = self.out.with_suffix(".log")
@@ -167,7 +188,7 @@ def inject(action: str, step: int, out: Path) -> None:
 
     Actions: `kill`, `stop` (SIGSTOP), `sleep4` (seconds), `term` and `usr1` (signals to itself),
     `file` (makes STOP), `error` and `memory` (exceptions), `limit` (no more memory is given),
-    `exit` (before the ranks have met; the step is ignored).
+    `nan` (the loss of this step), `exit` (before the ranks have met; the step is ignored).
     """
     from pipeline.training.run import Run
 
@@ -185,11 +206,27 @@ def inject(action: str, step: int, out: Path) -> None:
                 (out / "STOP").touch()
             elif action == "limit":
                 resource.setrlimit(resource.RLIMIT_AS, (2**20, 2**20))
+            elif action == "nan":
+                _spoil_next_loss()
             else:
                 raise MemoryError if action == "memory" else ValueError("on purpose")
         start_step(run)
 
     Run.start_step = disturbed
+
+
+def _spoil_next_loss() -> None:
+    """The next loss of this rank is not a number, though its gradient is finite."""
+    from pipeline import train_vqvae
+
+    original = train_vqvae.loss
+
+    def loss(*arguments):
+        train_vqvae.loss = original
+        total, *rest = original(*arguments)
+        return total + float("nan"), *rest
+
+    train_vqvae.loss = loss
 
 
 def _log_samples(path: Path) -> None:
@@ -218,15 +255,29 @@ def consumption(out: Path, rank: int) -> Iterator[tuple[int, list[int]]]:
         yield tuple(json.loads(line))
 
 
-def assert_samples_as_planned(out: Path, world: int = 2) -> None:
-    """Of what was read again after a resume only the last time counts: then every global batch is
-    there once, and holds what an undisturbed run has. Loader workers may read on."""
+def misused_samples(out: Path, total: int = TOTAL, world: int = 2) -> tuple[int, int]:
+    """How many samples of an undisturbed run's batches were lost, and how many are there besides.
+
+    Of what was read again after a resume only the last time counts: then every global batch is
+    there once, in its order. Loader workers may read on.
+    """
     from pipeline.data.order import stream
 
     read = [dict(consumption(out, rank)) for rank in range(world)]
-    for seen in range(0, TOTAL, BATCH):
+    lost = repeated = 0
+    for seen in range(0, total, BATCH):
         samples = [sample for part in read for sample in part.get(seen, [])]
-        assert samples == stream(0, COUNT, seen, BATCH).tolist(), seen
+        planned = stream(0, COUNT, seen, BATCH).tolist()
+        if samples != planned:
+            lost += (Counter(planned) - Counter(samples)).total()
+            repeated += (Counter(samples) - Counter(planned)).total()
+            assert lost or repeated, f"the batch at {seen} is in another order"
+    return lost, repeated
+
+
+def assert_samples_as_planned(out: Path, world: int = 2) -> None:
+    """Every sample of every batch was used exactly once, and in its place."""
+    assert misused_samples(out, world=world) == (0, 0)
 
 
 def state(out: Path) -> dict:
