@@ -1,12 +1,15 @@
-"""Trainings on several ranks that a test kills, stops, starves or asks to end.
+"""Stages on several ranks that a test kills, stops, starves or asks to end.
 
-    job = Job(shards, out, "kill:1:5")      rank 1 kills itself when it begins step 5
+    job = Job(shards, out, "kill:1:5")      rank 1 of a training kills itself in beginning step 5
     assert job.wait()[1] == -9
+    start = Start("extract_codes", flags, out, FAILPOINT="commit@3:kill")       any stage
+    assert start.wait() == [-9]
 
 The ranks are forked from one process that has imported everything, because imports take seconds.
 What they print goes to <out>.log, which samples they read to <out>.samples<rank>.
 """
 
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -17,7 +20,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,8 @@ FLAGS = (
 )  # fmt: skip
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["pipeline.train_vqvae", "pipeline.training.run"])
+STAGES = ("shard_data", "train_vqvae", "extract_codes", "train_prior", "sample_prior", "evaluate")
+_server.set_forkserver_preload([f"pipeline.{name}" for name in STAGES])
 
 
 def make_shards(root: Path) -> Path:
@@ -48,18 +52,19 @@ def make_shards(root: Path) -> Path:
     return root / "shards"
 
 
-class Job:
-    """A start of the training; its ranks are processes.
+class Start:
+    """A start of a stage; its ranks are processes.
 
     Args:
+        stage: name of its script.
+        flags: its command line, with --out.
         fault: `ACTION:RANK:STEP`, see `inject`; several are separated by commas.
-        flags: of train_vqvae.py, besides FLAGS.
         environment: of all ranks, such as FAILPOINT.
         launcher: one more process between this one and the ranks, as torchrun is.
     """
 
     def __init__(
-        self, shards: Path, out: Path, fault: str = "", *flags: str, world: int = 2,
+        self, stage: str, flags: Sequence[str], out: Path, fault: str = "", world: int = 1,
         launcher: bool = False, **environment: str,
     ):  # fmt: skip
         with socket.socket() as free:
@@ -68,9 +73,8 @@ class Job:
         environment = {"RANK_TIMEOUT_SEC": "60", "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                        "LOCAL_WORLD_SIZE": str(world), **environment}  # fmt: skip
-        flags = (*FLAGS, f"--data={shards}", f"--out={out}", *flags)
         self.out, self.began = out, time.monotonic()
-        starts = [(rank, flags, environment, fault, out) for rank in range(world)]
+        starts = [(rank, stage, (*flags,), environment, fault, out) for rank in range(world)]
         if launcher:
             self.processes = [_server.Process(target=_launch, args=(starts,))]
         else:
@@ -91,14 +95,6 @@ class Job:
         assert not hanging, f"ranks {hanging} hang\n{self.log()}"
         return [process.exitcode for process in self.processes]
 
-    def wait_for_step(self, step: int) -> None:
-        """Until so many steps are done."""
-        end = time.monotonic() + 60
-        path = self.out / "metrics.jsonl"
-        while step and (not path.is_file() or path.read_text().count("loss/total") < step):
-            assert time.monotonic() < end, self.log()
-            time.sleep(0.02)
-
     def signal(self, number: int, *ranks: int) -> None:
         for rank in ranks or range(len(self.processes)):
             os.kill(self.processes[rank].pid, number)
@@ -118,6 +114,23 @@ class Job:
         return json.loads((self.out / "status.json").read_text())
 
 
+class Job(Start):
+    """A start of the training, with FLAGS; `flags` besides."""
+
+    def __init__(self, shards: Path, out: Path, fault: str = "", *flags: str, world: int = 2,
+                 launcher: bool = False, **environment: str):  # fmt: skip
+        flags = (*FLAGS, f"--data={shards}", f"--out={out}", *flags)
+        super().__init__("train_vqvae", flags, out, fault, world, launcher, **environment)
+
+    def wait_for_step(self, step: int) -> None:
+        """Until so many steps are done."""
+        end = time.monotonic() + 60
+        path = self.out / "metrics.jsonl"
+        while step and (not path.is_file() or path.read_text().count("loss/total") < step):
+            assert time.monotonic() < end, self.log()
+            time.sleep(0.02)
+
+
 def _launch(starts: list) -> None:
     """A launcher that only waits, as those of accelerate and torch do."""
     fork = multiprocessing.get_context("fork")
@@ -130,7 +143,7 @@ def _launch(starts: list) -> None:
         rank.join()
 
 
-def _run_rank(rank: int, flags: tuple, environment: dict, fault: str, out: Path) -> None:
+def _run_rank(rank: int, name: str, flags: tuple, environment: dict, fault: str, out: Path) -> None:
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     with open(out.with_suffix(".log"), "ab") as log:
         os.dup2(log.fileno(), 1)
@@ -139,16 +152,22 @@ def _run_rank(rank: int, flags: tuple, environment: dict, fault: str, out: Path)
     import mutations  # noqa: F401  takes a safeguard away where MUTATION says so
     import torch
 
-    from pipeline import stage, train_vqvae
+    from pipeline import failpoint, stage
 
     torch.set_num_threads(1)
     for one in filter(None, fault.split(",")):
         action, who, step = one.split(":")
         if int(who) == rank:
             inject(action, int(step), out)
-    _log_samples(out.with_suffix(f".samples{rank}"))
-    sys.argv = ["train_vqvae.py", *flags]
-    stage.run(train_vqvae.TrainVQVAE, train_vqvae.main)
+    if name == "train_vqvae":
+        _log_samples(out.with_suffix(f".samples{rank}"))
+    sys.argv = [f"{name}.py", *flags]
+    module = importlib.import_module(f"pipeline.{name}")
+    config_type = getattr(module, name.title().replace("_", "").replace("Vqvae", "VQVAE"))
+    try:
+        stage.run(config_type, module.main)
+    finally:
+        out.with_suffix(f".passes{rank}").write_text(json.dumps(failpoint._passes))
 
 
 def start(function: Callable, *arguments: Any) -> Any:
@@ -292,10 +311,10 @@ def state(out: Path) -> dict:
             for name, entry in manifest.items() if name.endswith(".safetensors")
         }  # fmt: skip
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    drop = {"time", "throughput/images_per_sec"}
+    drop = ("time", "throughput/", "memory/")
     return {
         "files": files,
-        "lines": [{key: line[key] for key in line if key not in drop} for line in lines],
+        "lines": [{k: line[k] for k in line if not k.startswith(drop)} for line in lines],
         "state": json.loads((newest / "state.json").read_text())["images_seen"],
     }
 
