@@ -177,6 +177,18 @@ def start(function: Callable, *arguments: Any) -> Any:
     return process
 
 
+def run_tests(mutation: str, which: str, output: Path) -> None:
+    """Runs tests without a safeguard, see `mutations`, in a process that is to end with them."""
+    import pytest
+
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(ROOT)
+    os.environ.update(MUTATION=mutation, PYTHONPATH=str(ROOT / "tests"))
+    sys.exit(pytest.main(["-p", "mutations", "-q", "-p", "no:cacheprovider", f"tests/{which}"]))
+
+
 def on_ranks(function: Callable[[int], Any], world: int = 2) -> list:
     """What a function of the rank returns on each, in processes that make up a group."""
     with socket.socket() as free:
@@ -191,6 +203,7 @@ def on_ranks(function: Callable[[int], Any], world: int = 2) -> list:
 
 
 def _run_function(function: Callable, rank: int, world: int, port: int, results: Any) -> None:
+    import mutations  # noqa: F401  as in _run_rank
     import torch
     import torch.distributed as dist
 
@@ -317,6 +330,25 @@ def state(out: Path) -> dict:
         "lines": [{k: line[k] for k in line if not k.startswith(drop)} for line in lines],
         "state": json.loads((newest / "state.json").read_text())["images_seen"],
     }
+
+
+def watch_disk(monkeypatch: Any) -> list[tuple[str, Path]]:
+    """("synced", path) and ("named", path) of fsync and renames of this process, as they come."""
+    events: list[tuple[str, Path]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def watched_fsync(file: int) -> None:
+        fsync(file)
+        events.append(("synced", Path(os.readlink(f"/proc/self/fd/{file}"))))
+
+    def watched_rename(source: Path, target: Path, **rest: Any) -> None:
+        rename(source, target, **rest)
+        events.append(("named", Path(target)))
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    monkeypatch.setattr(os, "replace", watched_rename)
+    return events
 
 
 def debris(out: Path) -> list[Path]:
