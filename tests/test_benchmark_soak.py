@@ -12,7 +12,10 @@ import soak
 
 
 @pytest.mark.faults
-def test_a_run_under_faults_ends_as_undisturbed_and_another_end_is_refused(tmp_path):
+def test_a_run_under_faults_ends_as_undisturbed_and_another_end_is_refused(tmp_path, monkeypatch):
+    for name, value in {"STEPS": 16, "TOTAL": 256, "NOT_FINITE": "nan:1:5"}.items():
+        monkeypatch.setattr(soak, name, value)
+    monkeypatch.setattr(soak, "FLAGS", ("--total_images=256", "--save_every=64"))
     found = soak.Soak(tmp_path, seed=1)
     found.run(2, time.monotonic() + 120)
     *kinds, total = found.rows()
