@@ -3,6 +3,7 @@
 # make test                       the tests
 # make test-browser, test-slurm   reports in Chromium; jobs on a two-node SLURM started for it
 # make test-faults                kills and corrupts runs
+# make soak                       trains under 200 random faults (DRAWS, MINUTES, SEED)
 # make results                    docs/results.md from docs/benchmarks
 # PYTHON=python3 uses that interpreter as it is and installs nothing (test-gpu, bench, bench-gpu).
 
@@ -17,7 +18,7 @@ ENGINES := $(VENV)/.engines
 BROWSER := $(VENV)/.browser
 endif
 
-.PHONY: demo test check setup test-browser test-faults test-slurm test-gpu bench bench-gpu results golden tensorboard clean
+.PHONY: demo test check setup test-browser test-faults soak test-slurm test-gpu bench bench-gpu results golden tensorboard clean
 
 demo: $(SETUP)
 ifdef CELEBA_ROOT
@@ -66,6 +67,14 @@ test-browser: $(BROWSER)
 
 test-faults: $(ENGINES)
 	$(PYTHON) -m pytest -m faults
+
+DRAWS ?= 200
+MINUTES ?= 60
+SEED ?= 0
+
+soak: $(SETUP)
+	$(PYTHON) benchmarks/soak.py --draws $(DRAWS) --minutes $(MINUTES) --seed $(SEED) \
+		--json runs/bench/soak.json
 
 test-slurm: $(ENGINES)
 	$(PYTHON) -m pytest -m slurm tests/test_slurm.py

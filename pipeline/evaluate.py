@@ -139,6 +139,7 @@ def main(config: Evaluate) -> int:
     evaluation = Evaluation(config, accelerator.device)
     evaluation.extract()  # the features are all that several processes share
     if accelerator.is_main_process:
+        stage.remove_leftovers(config.out)
         evaluation.score()
         evaluation.write()
     return evaluation.about["images_seen"]
@@ -321,7 +322,7 @@ class Evaluation:
     def write(self) -> None:
         config, found, seen = self.config, self.found, self.about["images_seen"]
         about = self.protocol()
-        tracker = Tracker(config.out, "evaluate", seen, seen)
+        tracker = Tracker(config.out, "evaluate", seen, seen, anew=True)
         tracker.introduce(seen, "evaluation", config)
         tracker.document(seen, "protocol", about)
         tracker.log(seen, {figure["tag"]: figure["value"] for figure in found.figures})

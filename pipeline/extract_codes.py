@@ -129,6 +129,7 @@ def main(config: ExtractCodes) -> None:
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        stage.remove_leftovers(config.out)
         stage.write_json(note, origin)
     accelerator.wait_for_everyone()
 

@@ -1,6 +1,9 @@
 """Places where a test makes a process fail.
 
+Those named "commit" are where a file that is whole gets its name, in whichever stage.
+
 FAILPOINT=after-manifest:kill       the process kills itself there
+FAILPOINT=commit@7:term             the seventh time it is asked to end
 FAILPOINT=after-file@3:ENOSPC       the third time, an OSError (any name of errno)
 FAILPOINT=before-rename:2.5         it sleeps for so many seconds
 """
@@ -26,6 +29,8 @@ def failpoint(name: str) -> None:
         return
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
     elif hasattr(errno, action):
         number = getattr(errno, action)
         raise OSError(number, os.strerror(number))

@@ -159,7 +159,7 @@ def main(config: ReportLevels) -> int:
     temporary.replace(config.out / "levels.md")
     grid = pictures.grid(np.concatenate(shown), columns=COLUMNS)
     pictures.save_png(grid, config.out / report["picture"], scale=2)
-    tracker = Tracker(config.out, "levels", about["images_seen"], about["images_seen"])
+    tracker = Tracker(config.out, "levels", about["images_seen"], about["images_seen"], anew=True)
     tracker.log(about["images_seen"], levels.tags(report))
     tracker.image(about["images_seen"], "evaluation/levels", grid)
     tracker.close()

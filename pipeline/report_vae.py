@@ -228,7 +228,7 @@ def main(config: ReportVAE) -> int:
     stage.write_json(config.out / "report.json", report)
     write_text(config.out / "report.md", markdown(report))
     html.write_vae_page(config.out, MEANINGS)
-    tracker = Tracker(config.out, "report", about["images_seen"], about["images_seen"])
+    tracker = Tracker(config.out, "report", about["images_seen"], about["images_seen"], anew=True)
     tags = {f"evaluation/{name}": found["value"] for name, found in figures.items()}
     tracker.log(about["images_seen"], tags)
     for name, picture in drawn.items():

@@ -62,6 +62,7 @@ from pipeline.data.index import Index, read_index, write_index
 from pipeline.data.order import stream
 from pipeline.data.shards import ShardInfo, ShardReader, sync, verify_shard, write_shard
 from pipeline.evaluation import pictures, rejection
+from pipeline.failpoint import failpoint
 from pipeline.image_model import Asked, Given, ImageModel, Precision, Sampling, load_model
 from pipeline.training.distributed import make_accelerator
 from pipeline.training.tracking import progress_bar
@@ -287,6 +288,7 @@ def save_part(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     with open(temporary, "wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
     sync(temporary)
+    failpoint("commit")
     os.replace(temporary, path)
 
 
@@ -461,6 +463,8 @@ def main(config: SamplePrior) -> None:
     shards = range(-(-config.num_images // SHARD_SIZE))
     todo = [shard for shard in shards if finished(config, shard) is None]
     missing = sorted(set(range(candidates)) - set(Drawn(config.out).places)) if todo else []
+    if first:
+        stage.remove_leftovers(*(config.out / name for name in ("", "drawn", "images", "shards")))
     accelerator.wait_for_everyone()  # all ranks have looked before the first one writes
     if first and not old:
         stage.write_json(note, {**protocol, "provenance": stage.provenance()})

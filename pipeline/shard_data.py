@@ -216,8 +216,7 @@ def main(config: ShardData) -> int:
     source = SOURCES[config.source](config.image_root)
     tasks = plan_tasks(config, source)
     claim(config.out, make_plan(config, tasks))
-    for leftover in config.out.glob(".*.tar.*"):  # of a run that was killed
-        leftover.unlink()
+    stage.remove_leftovers(config.out, config.out / ".partial")
     results = collect(config, tasks)
     index = make_index(source, results)
     file = config.out / "index.json"

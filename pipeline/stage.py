@@ -12,11 +12,14 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import multiprocessing
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -25,6 +28,8 @@ from typing import Any, TypeVar
 
 import jsonargparse
 import yaml
+
+from pipeline.failpoint import failpoint
 
 Config = TypeVar("Config")
 
@@ -189,7 +194,19 @@ def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
+    failpoint("commit")
     os.replace(temporary, path)
+
+
+def remove_leftovers(*folders: Path, older_than_sec: float = 0.0) -> None:
+    """Removes files that killed processes were writing. Where other jobs write too, only those
+    that nobody has written to for so long."""
+    name = re.compile(r"\..+\.(json|npz|png|safetensors|tar)\.\d+(\.index\.npy)?")
+    latest = time.time() - older_than_sec
+    for folder in folders:
+        for path in folder.glob(".*"):
+            if name.fullmatch(path.name) and path.stat().st_mtime <= latest:
+                path.unlink(missing_ok=True)
 
 
 def write_status(out: Path | None, state: str, exit_code: int, reason: str, seen: int = 0) -> None:
@@ -225,6 +242,13 @@ def _end_with_launcher() -> None:
     launched = "LOCAL_RANK" in os.environ or "ACCELERATE_DYNAMO_BACKEND" in os.environ
     if launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def end_with_parent() -> None:
+    """For processes of a pool: one whose parent was killed would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def run(

@@ -36,17 +36,9 @@ def _seeded():
 def face_shards(tmp_path_factory) -> Path:
     """Shards of 160 drawn faces at 32 px, in three splits."""
     # imported here, because the GPU tests run where the stages' packages are not installed
-    from pipeline.data.faces import write_faces
-    from pipeline.shard_data import ShardData
-    from pipeline.shard_data import main as shard_data
+    from faults import make_shards
 
-    root = tmp_path_factory.mktemp("faces")
-    write_faces(root / "faces", num_faces=160, size=32, seed=0, workers=1)
-    shard_data(
-        ShardData(source="faces", root=root / "faces", out=root / "shards", num_faces=160,
-                  face_size=32, shard_size=50, workers=1)
-    )  # fmt: skip
-    return root / "shards"
+    return make_shards(tmp_path_factory.mktemp("faces"))
 
 
 @pytest.fixture(scope="session")

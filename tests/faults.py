@@ -1,12 +1,15 @@
-"""Trainings on several ranks that a test kills, stops, starves or asks to end.
+"""Stages on several ranks that a test kills, stops, starves or asks to end.
 
-    job = Job(shards, out, "kill:1:5")      rank 1 kills itself when it begins step 5
+    job = Job(shards, out, "kill:1:5")      rank 1 of a training kills itself in beginning step 5
     assert job.wait()[1] == -9
+    start = Start("extract_codes", flags, out, FAILPOINT="commit@3:kill")       any stage
+    assert start.wait() == [-9]
 
 The ranks are forked from one process that has imported everything, because imports take seconds.
 What they print goes to <out>.log, which samples they read to <out>.samples<rank>.
 """
 
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -16,7 +19,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +35,36 @@ FLAGS = (
 )  # fmt: skip
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["pipeline.train_vqvae", "pipeline.training.run"])
+STAGES = ("shard_data", "train_vqvae", "extract_codes", "train_prior", "sample_prior", "evaluate")
+_server.set_forkserver_preload([f"pipeline.{name}" for name in STAGES])
 
 
-class Job:
-    """A start of the training; its ranks are processes.
+def make_shards(root: Path) -> Path:
+    """Shards of 160 drawn faces at 32 px, in three splits."""
+    from pipeline.data.faces import write_faces
+    from pipeline.shard_data import ShardData, main
+
+    write_faces(root / "faces", num_faces=160, size=32, seed=0, workers=1)
+    main(
+        ShardData(source="faces", root=root / "faces", out=root / "shards", num_faces=160,
+                  face_size=32, shard_size=50, workers=1)
+    )  # fmt: skip
+    return root / "shards"
+
+
+class Start:
+    """A start of a stage; its ranks are processes.
 
     Args:
+        stage: name of its script.
+        flags: its command line, with --out.
         fault: `ACTION:RANK:STEP`, see `inject`; several are separated by commas.
-        flags: of train_vqvae.py, besides FLAGS.
         environment: of all ranks, such as FAILPOINT.
         launcher: one more process between this one and the ranks, as torchrun is.
     """
 
     def __init__(
-        self, shards: Path, out: Path, fault: str = "", *flags: str, world: int = 2,
+        self, stage: str, flags: Sequence[str], out: Path, fault: str = "", world: int = 1,
         launcher: bool = False, **environment: str,
     ):  # fmt: skip
         with socket.socket() as free:
@@ -54,9 +73,8 @@ class Job:
         environment = {"RANK_TIMEOUT_SEC": "60", "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                        "LOCAL_WORLD_SIZE": str(world), **environment}  # fmt: skip
-        flags = (*FLAGS, f"--data={shards}", f"--out={out}", *flags)
         self.out, self.began = out, time.monotonic()
-        starts = [(rank, flags, environment, fault, out) for rank in range(world)]
+        starts = [(rank, stage, (*flags,), environment, fault, out) for rank in range(world)]
         if launcher:
             self.processes = [_server.Process(target=_launch, args=(starts,))]
         else:
@@ -77,17 +95,16 @@ class Job:
         assert not hanging, f"ranks {hanging} hang\n{self.log()}"
         return [process.exitcode for process in self.processes]
 
-    def wait_for_step(self, step: int) -> None:
-        """Until so many steps are done."""
-        end = time.monotonic() + 60
-        path = self.out / "metrics.jsonl"
-        while step and (not path.is_file() or path.read_text().count("loss/total") < step):
-            assert time.monotonic() < end, self.log()
-            time.sleep(0.02)
-
     def signal(self, number: int, *ranks: int) -> None:
         for rank in ranks or range(len(self.processes)):
             os.kill(self.processes[rank].pid, number)
+
+    def wait_until_stopped(self, rank: int) -> None:
+        """Until a rank has stopped itself (SIGSTOP), or ended."""
+        stat, end = Path(f"/proc/{self.processes[rank].pid}/stat"), time.monotonic() + 60
+        while self.processes[rank].is_alive() and stat.read_text().rpartition(") ")[2][0] != "T":
+            assert time.monotonic() < end, self.log()
+            time.sleep(0.02)
 
     def log(self) -> str:
         path = self.out.with_suffix(".log")
@@ -95,6 +112,23 @@ class Job:
 
     def status(self) -> dict:
         return json.loads((self.out / "status.json").read_text())
+
+
+class Job(Start):
+    """A start of the training, with FLAGS; `flags` besides."""
+
+    def __init__(self, shards: Path, out: Path, fault: str = "", *flags: str, world: int = 2,
+                 launcher: bool = False, **environment: str):  # fmt: skip
+        flags = (*FLAGS, f"--data={shards}", f"--out={out}", *flags)
+        super().__init__("train_vqvae", flags, out, fault, world, launcher, **environment)
+
+    def wait_for_step(self, step: int) -> None:
+        """Until so many steps are done."""
+        end = time.monotonic() + 60
+        path = self.out / "metrics.jsonl"
+        while step and (not path.is_file() or path.read_text().count("loss/total") < step):
+            assert time.monotonic() < end, self.log()
+            time.sleep(0.02)
 
 
 def _launch(starts: list) -> None:
@@ -109,7 +143,7 @@ def _launch(starts: list) -> None:
         rank.join()
 
 
-def _run_rank(rank: int, flags: tuple, environment: dict, fault: str, out: Path) -> None:
+def _run_rank(rank: int, name: str, flags: tuple, environment: dict, fault: str, out: Path) -> None:
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     with open(out.with_suffix(".log"), "ab") as log:
         os.dup2(log.fileno(), 1)
@@ -118,16 +152,22 @@ def _run_rank(rank: int, flags: tuple, environment: dict, fault: str, out: Path)
     import mutations  # noqa: F401  takes a safeguard away where MUTATION says so
     import torch
 
-    from pipeline import stage, train_vqvae
+    from pipeline import failpoint, stage
 
     torch.set_num_threads(1)
     for one in filter(None, fault.split(",")):
         action, who, step = one.split(":")
         if int(who) == rank:
             inject(action, int(step), out)
-    _log_samples(out.with_suffix(f".samples{rank}"))
-    sys.argv = ["train_vqvae.py", *flags]
-    stage.run(train_vqvae.TrainVQVAE, train_vqvae.main)
+    if name == "train_vqvae":
+        _log_samples(out.with_suffix(f".samples{rank}"))
+    sys.argv = [f"{name}.py", *flags]
+    module = importlib.import_module(f"pipeline.{name}")
+    config_type = getattr(module, name.title().replace("_", "").replace("Vqvae", "VQVAE"))
+    try:
+        stage.run(config_type, module.main)
+    finally:
+        out.with_suffix(f".passes{rank}").write_text(json.dumps(failpoint._passes))
 
 
 def start(function: Callable, *arguments: Any) -> Any:
@@ -135,6 +175,18 @@ def start(function: Callable, *arguments: Any) -> Any:
     process = _server.Process(target=function, args=arguments)
     process.start()
     return process
+
+
+def run_tests(mutation: str, which: str, output: Path) -> None:
+    """Runs tests without a safeguard, see `mutations`, in a process that is to end with them."""
+    import pytest
+
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(ROOT)
+    os.environ.update(MUTATION=mutation, PYTHONPATH=str(ROOT / "tests"))
+    sys.exit(pytest.main(["-p", "mutations", "-q", "-p", "no:cacheprovider", f"tests/{which}"]))
 
 
 def on_ranks(function: Callable[[int], Any], world: int = 2) -> list:
@@ -151,6 +203,7 @@ def on_ranks(function: Callable[[int], Any], world: int = 2) -> list:
 
 
 def _run_function(function: Callable, rank: int, world: int, port: int, results: Any) -> None:
+    import mutations  # noqa: F401  as in _run_rank
     import torch
     import torch.distributed as dist
 
@@ -167,7 +220,7 @@ def inject(action: str, step: int, out: Path) -> None:
 
     Actions: `kill`, `stop` (SIGSTOP), `sleep4` (seconds), `term` and `usr1` (signals to itself),
     `file` (makes STOP), `error` and `memory` (exceptions), `limit` (no more memory is given),
-    `exit` (before the ranks have met; the step is ignored).
+    `nan` (the loss of this step), `exit` (before the ranks have met; the step is ignored).
     """
     from pipeline.training.run import Run
 
@@ -185,11 +238,27 @@ def inject(action: str, step: int, out: Path) -> None:
                 (out / "STOP").touch()
             elif action == "limit":
                 resource.setrlimit(resource.RLIMIT_AS, (2**20, 2**20))
+            elif action == "nan":
+                _spoil_next_loss()
             else:
                 raise MemoryError if action == "memory" else ValueError("on purpose")
         start_step(run)
 
     Run.start_step = disturbed
+
+
+def _spoil_next_loss() -> None:
+    """The next loss of this rank is not a number, though its gradient is finite."""
+    from pipeline import train_vqvae
+
+    original = train_vqvae.loss
+
+    def loss(*arguments):
+        train_vqvae.loss = original
+        total, *rest = original(*arguments)
+        return total + float("nan"), *rest
+
+    train_vqvae.loss = loss
 
 
 def _log_samples(path: Path) -> None:
@@ -218,15 +287,29 @@ def consumption(out: Path, rank: int) -> Iterator[tuple[int, list[int]]]:
         yield tuple(json.loads(line))
 
 
-def assert_samples_as_planned(out: Path, world: int = 2) -> None:
-    """Of what was read again after a resume only the last time counts: then every global batch is
-    there once, and holds what an undisturbed run has. Loader workers may read on."""
+def misused_samples(out: Path, total: int = TOTAL, world: int = 2) -> tuple[int, int]:
+    """How many samples of an undisturbed run's batches were lost, and how many are there besides.
+
+    Of what was read again after a resume only the last time counts: then every global batch is
+    there once, in its order. Loader workers may read on.
+    """
     from pipeline.data.order import stream
 
     read = [dict(consumption(out, rank)) for rank in range(world)]
-    for seen in range(0, TOTAL, BATCH):
+    lost = repeated = 0
+    for seen in range(0, total, BATCH):
         samples = [sample for part in read for sample in part.get(seen, [])]
-        assert samples == stream(0, COUNT, seen, BATCH).tolist(), seen
+        planned = stream(0, COUNT, seen, BATCH).tolist()
+        if samples != planned:
+            lost += (Counter(planned) - Counter(samples)).total()
+            repeated += (Counter(samples) - Counter(planned)).total()
+            assert lost or repeated, f"the batch at {seen} is in another order"
+    return lost, repeated
+
+
+def assert_samples_as_planned(out: Path, world: int = 2) -> None:
+    """Every sample of every batch was used exactly once, and in its place."""
+    assert misused_samples(out, world=world) == (0, 0)
 
 
 def state(out: Path) -> dict:
@@ -241,12 +324,31 @@ def state(out: Path) -> dict:
             for name, entry in manifest.items() if name.endswith(".safetensors")
         }  # fmt: skip
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    drop = {"time", "throughput/images_per_sec"}
+    drop = ("time", "throughput/", "memory/")
     return {
         "files": files,
-        "lines": [{key: line[key] for key in line if key not in drop} for line in lines],
+        "lines": [{k: line[k] for k in line if not k.startswith(drop)} for line in lines],
         "state": json.loads((newest / "state.json").read_text())["images_seen"],
     }
+
+
+def watch_disk(monkeypatch: Any) -> list[tuple[str, Path]]:
+    """("synced", path) and ("named", path) of fsync and renames of this process, as they come."""
+    events: list[tuple[str, Path]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def watched_fsync(file: int) -> None:
+        fsync(file)
+        events.append(("synced", Path(os.readlink(f"/proc/self/fd/{file}"))))
+
+    def watched_rename(source: Path, target: Path, **rest: Any) -> None:
+        rename(source, target, **rest)
+        events.append(("named", Path(target)))
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    monkeypatch.setattr(os, "replace", watched_rename)
+    return events
 
 
 def debris(out: Path) -> list[Path]:

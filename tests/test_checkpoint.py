@@ -95,6 +95,17 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["final"]
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """The order of the calls; a power cut cannot be had here."""
+    events = faults.watch_disk(monkeypatch)
+    write_directory(tmp_path / "final", tensors(), {"config": {}})
+    (named,) = [n for n, event in enumerate(events) if event[0] == "named"]
+    (temporary,) = {path.parent for _, path in events[:named] if path.suffix}
+    files = {"model.safetensors", "config.json", "manifest.json"}
+    assert {path for _, path in events[:named]} == {temporary, *(temporary / f for f in files)}
+    assert events[named:] == [("named", tmp_path / "final"), ("synced", tmp_path)]
+
+
 def test_what_is_saved_is_the_moment_of_the_call(tmp_path, monkeypatch):
     """The tensors change while the thread writes, as training goes on."""
     monkeypatch.setenv("FAILPOINT", "before-directory:0.2")
@@ -225,12 +236,14 @@ def test_one_job_at_a_time_has_a_run_directory_and_a_killed_one_has_it_no_more(
     monkeypatch.setattr(checkpoint, "LOCK_SEC", 0.3)
     (tmp_path / "link").symlink_to(tmp_path)
     process = faults.start(hold, tmp_path)
-    while not (tmp_path / "held").exists():
-        assert process.is_alive()
-    for path in (tmp_path, tmp_path / "link"):
-        with pytest.raises(InUse, match=f"in use by process {process.pid} on "):
-            lock(path)
-    process.kill()
+    try:
+        while not (tmp_path / "held").exists():
+            assert process.is_alive()
+        for path in (tmp_path, tmp_path / "link"):
+            with pytest.raises(InUse, match=f"in use by process {process.pid} on "):
+                lock(path)
+    finally:
+        process.kill()
     lock(tmp_path).close()
     process.join()
 

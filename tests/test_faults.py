@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from faults import (
     SAVE,
     STEPS,
@@ -160,6 +161,26 @@ def test_a_signal_to_any_rank_has_all_of_them_save_one_step_and_ask_to_be_requeu
     newest = Checkpoints(out).newest()
     assert newest.images_seen == status["images_seen"] == (step + 1) * TOTAL // STEPS
     ends_as_undisturbed(face_shards, out, undisturbed, lines=False)
+
+
+@pytest.mark.faults
+def test_under_zero_2_a_signal_to_one_rank_does_the_same(face_shards, tmp_path, undisturbed):
+    pytest.importorskip("deepspeed")
+    file = ROOT / "configs/deepspeed/zero2.json"
+    zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    job = Job(face_shards, whole, **zero)
+    assert job.wait(180) == [0, 0], job.log()
+    assert state(whole)["files"] != undisturbed["files"]  # it adds up otherwise than DDP
+    job = Job(face_shards, out, "term:1:5", **zero)
+    assert job.wait(180) == [85, 85], job.log()
+    status = job.status()
+    assert (status["state"], status["exit_code"], status["images_seen"]) == ("requeue", 85, 96)
+    assert Checkpoints(out).newest().images_seen == 96
+    job = Job(face_shards, out, **zero)
+    assert job.wait(180) == [0, 0], job.log()
+    assert state(out)["files"] == state(whole)["files"]
+    assert_samples_as_planned(out)
 
 
 def test_signals_to_everybody_while_the_last_checkpoint_is_written_do_no_harm(

@@ -64,3 +64,10 @@ def test_the_first_forty_lines_show_what_this_is():
         "kernels/",
     ):
         assert part in head, part
+
+
+def test_the_table_of_faults_names_tests_that_are_there():
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (ROOT / "tests" / "README.md").read_text())
+    assert len(named) > 40
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"

@@ -9,6 +9,7 @@ import pickle
 import tarfile
 from pathlib import Path
 
+import faults
 import numpy as np
 import pytest
 import webdataset
@@ -85,6 +86,18 @@ def test_bytes_are_reproducible_and_offsets_point_at_data(tmp_path: Path) -> Non
         read_table(tmp_path / "a.tar"), [d for _, m in SAMPLES for d in m.values()], strict=True
     ):
         assert content[row["offset"] : row["offset"] + row["length"]] == data
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = faults.watch_disk(monkeypatch)
+    path = tmp_path / "a.tar"
+    write_shard(path, SAMPLES)
+    kinds, (tar, table, *named, folder) = zip(*events, strict=True)
+    assert kinds == ("synced", "synced", "named", "named", "synced")
+    assert tar.name.startswith(".a.tar.") and table.name.startswith(".a.tar.")
+    assert (named, folder) == ([table_path(path), path], tmp_path)
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageColor, ImageDraw
 
+from pipeline.failpoint import failpoint
+from pipeline.stage import end_with_parent
+
 VERSION = 1  # of the drawing: raised whenever the same seed gives other pixels or other labels
 VIEW = (-45.0, 7.0, 90.0)  # the picture's left, top and side in the frame of the shapes
 SUPERSAMPLING = 4  # a polygon's edge is hard: this many canvas pixels per picture pixel soften it
@@ -763,7 +766,8 @@ def _draw_chunks(tasks: list[tuple[Path, range, int, int]], workers: int) -> Ite
         yield from map(_draw_chunk, tasks)
         return
     spawn = multiprocessing.get_context("spawn")  # fork would copy the caller's threads half-way
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=spawn) as pool:
+    workers = min(workers, len(tasks))
+    with ProcessPoolExecutor(workers, spawn, initializer=end_with_parent) as pool:
         yield from pool.map(_draw_chunk, tasks)
 
 
@@ -797,4 +801,5 @@ def _write(path: Path, content: bytes) -> None:
     """The whole file or none of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     partial.write_bytes(content)
+    failpoint("commit")
     os.replace(partial, path)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.failpoint import failpoint
 from pipeline.stage import UserError
 
 FORMAT = 1
@@ -107,6 +108,7 @@ def write_index(root: Path, index: Index) -> None:
         file.write(index.to_bytes())
         file.flush()
         os.fsync(file.fileno())
+    failpoint("commit")
     os.replace(temporary, root / "index.json")
 
 

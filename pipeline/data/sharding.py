@@ -7,8 +7,6 @@ the shard over if the digest is the same and the files still have the hashes of 
 import hashlib
 import json
 import multiprocessing
-import os
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -110,13 +108,6 @@ def _result(
     )
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for tasks for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
 def make_shards(tasks: list[Task], workers: int) -> Iterator[Result]:
     """Results as they come, from `workers` processes (1: from this one)."""
     if workers == 1 or len(tasks) == 1:
@@ -124,7 +115,7 @@ def make_shards(tasks: list[Task], workers: int) -> Iterator[Result]:
         return
     context = multiprocessing.get_context("spawn")
     workers = min(workers, len(tasks))
-    with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=stage.end_with_parent) as pool:
         try:
             for future in as_completed([pool.submit(make_shard, task) for task in tasks]):
                 yield future.result()

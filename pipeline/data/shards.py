@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pipeline.data.index import SPLITS, Index, ShardInfo, read_index, write_index
+from pipeline.failpoint import failpoint
 from pipeline.stage import UserError
 
 __all__ = [
@@ -132,7 +133,9 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
             table = _HashingFile(file)
             np.lib.format.write_array(table, _make_table(rows), allow_pickle=False)
             _sync(file)
+        failpoint("commit")
         os.replace(temporary_table, table_path(path))  # first, so that a tar never lacks its table
+        failpoint("commit")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

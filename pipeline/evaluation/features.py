@@ -31,12 +31,14 @@ from pipeline.data.shards import sync
 from pipeline.evaluation.extractors import Extractor
 from pipeline.evaluation.fidelity import with_channels
 from pipeline.evaluation.sets import BATCH_SIZE, Images
-from pipeline.stage import UserError, write_json
+from pipeline.failpoint import failpoint
+from pipeline.stage import UserError, remove_leftovers, write_json
 from pipeline.training.collectives import all_reduce_sum, alone
 from pipeline.training.tracking import progress_bar
 
 VERSION = 1  # to be raised with every change that alters a feature
 CHUNK = 100  # images per file, whatever the batch size and the number of processes
+LEFTOVER_SEC = 3600.0  # after which nobody else is still writing a file
 
 Features = dict[str, torch.Tensor]  # layer -> (N, F) float32 on the CPU
 
@@ -135,6 +137,7 @@ def _find_lacking(
             [_is_lacking(_path(folder, start)) for start in starts], device=row.device
         )
         if row.any():
+            remove_leftovers(folder, older_than_sec=LEFTOVER_SEC)
             write_json(folder / "protocol.json", protocol_of(images, extractor))
         else:
             print(f"{description}: {extractor.name} features are there already, in {folder}")
@@ -211,6 +214,7 @@ def _write(path: Path, numbers: np.ndarray, layers: Features) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, temporary, {"sha256": _sha256(tensors)})
     sync(temporary)
+    failpoint("commit")
     os.replace(temporary, path)
 
 

@@ -8,6 +8,8 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from pipeline.failpoint import failpoint
+
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """Images (B, C, H, W) in [0, 1], clamped and rounded -> (B, H, W, C) uint8."""
@@ -52,4 +54,5 @@ def save_png(image: np.ndarray, path: Path, scale: int = 1) -> None:
         picture = picture.resize(size, Image.Resampling.NEAREST)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     picture.save(temporary, format="PNG")
+    failpoint("commit")
     os.replace(temporary, path)

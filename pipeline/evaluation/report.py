@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 from pipeline.evaluation import protocol as protocols
 from pipeline.evaluation.protocol import check_keys, flat
+from pipeline.failpoint import failpoint
 from pipeline.stage import UserError, write_json
 
 Figure = Mapping[str, Any]
@@ -142,6 +143,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text)
+    failpoint("commit")
     temporary.replace(path)
 
 

@@ -33,7 +33,7 @@ from pipeline.data.shards import file_sha256, sync
 from pipeline.evaluation import model_card
 from pipeline.failpoint import failpoint
 from pipeline.models import MODELS
-from pipeline.stage import InUse, UserError
+from pipeline.stage import InUse, UserError, remove_leftovers
 from pipeline.training import zero
 
 MANIFEST = "manifest.json"
@@ -249,6 +249,7 @@ class Checkpoints:
             for pattern in (".tmp-*", ".trash-*"):
                 for path in folder.glob(pattern):
                     shutil.rmtree(path, ignore_errors=True)
+        remove_leftovers(self.root.parent)
 
     def at(self, images_seen: int) -> Checkpoint:
         """A checkpoint that was verified before."""

@@ -236,7 +236,12 @@ def progress_bar(total: int, description: str, initial: int = 0, unit: str = "im
 
 
 class Tracker:
-    """Rank 0's record of a run; on other ranks every call does nothing."""
+    """Rank 0's record of a run; on other ranks every call does nothing.
+
+    Args:
+        images_seen: what was written of later moments is dropped.
+        anew: of this moment too, as a report does that is made again.
+    """
 
     def __init__(
         self,
@@ -245,6 +250,7 @@ class Tracker:
         total_images: int,
         images_seen: int = 0,
         enabled: bool = True,
+        anew: bool = False,
     ):
         self.enabled = enabled
         self.bar = progress_bar(total_images, description, images_seen, disable=not enabled)
@@ -253,8 +259,8 @@ class Tracker:
             return
         self.path, self.folder = out / "metrics.jsonl", out / "tensorboard"
         out.mkdir(parents=True, exist_ok=True)
-        _keep_lines_up_to(self.path, images_seen)
-        self.writer = SummaryWriter(str(self.folder), purge_step=images_seen + 1)
+        _keep_lines_up_to(self.path, images_seen - anew)
+        self.writer = SummaryWriter(str(self.folder), purge_step=images_seen + 1 - anew)
 
     def introduce(
         self, images_seen: int, kind: str, config: Any, scores: Mapping[str, Any] | None = None
