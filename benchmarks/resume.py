@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--samples", type=int, default=100_000_000, help="of the simulated data")
     parser.add_argument("--starts", type=int, default=5, help="fresh processes")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each way to save")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each way to save; 0: none")
     parser.add_argument("--steps", type=int, default=16, help="training steps in a turn")
     parser.add_argument("--first_batch", nargs=2, metavar=("DATA", "START"), help="one start")
     arguments = parser.parse_args()
@@ -236,9 +236,12 @@ def main() -> None:
         return
     start = measure_starts(arguments.samples, arguments.starts)
     print_table(start["case"], [start])
-    checkpoints = measure_checkpoints(arguments.rounds, arguments.steps)
-    print_table(checkpoints[0]["case"], checkpoints)
-    write_json(arguments.json, [start, *checkpoints], "cpu")
+    rows = [start]
+    if arguments.rounds:
+        checkpoints = measure_checkpoints(arguments.rounds, arguments.steps)
+        print_table(checkpoints[0]["case"], checkpoints)
+        rows += checkpoints
+    write_json(arguments.json, rows, "cpu")
 
 
 if __name__ == "__main__":
