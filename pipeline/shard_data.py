@@ -29,7 +29,7 @@ from pipeline.data.faces import write_faces
 from pipeline.data.images import MAX_PIXELS
 from pipeline.data.inspection import Limits
 from pipeline.data.sharding import Result, Task, make_shards
-from pipeline.data.shards import SPLITS, Index, write_index
+from pipeline.data.shards import SPLITS, Index, check_unique, write_index
 from pipeline.data.sources import SOURCES, Source
 from pipeline.stage import UserError
 
@@ -104,6 +104,8 @@ def draw_faces(config: ShardData) -> None:
 
 def plan_tasks(config: ShardData, source: Source) -> list[Task]:
     """Every split cut into shards, in the source's order."""
+    keys = [item.key.encode() for item in source.items]
+    check_unique(keys, "each image of a source needs its own")  # readers go by it, in all splits
     names = replace(source, items=())
     limits = Limits(max_pixels=config.max_pixels, image_size=source.image_size)
     tasks = []

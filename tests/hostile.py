@@ -233,6 +233,36 @@ def model(root: Path, tensors: bytes, **about) -> Path:
     return root
 
 
+def small_models() -> dict[str, tuple[str, dict, set[str]]]:
+    """A model of each kind and architecture: kind, config, and sizes of the config that it does
+    without."""
+    vqvae = {"channels": 8, "residual_channels": 4, "codebook_size": (16,), "code_dim": 4}
+    vae = {"channels": 8, "latent_dim": 4, "image_size": 32}
+    mlp = {
+        "network": "mlp", "posterior": "iaf", "likelihood": "logistic_mixture", "num_classes": 3,
+        "num_attributes": 2, "context_layers": 1, "context_channels": 8,
+    }  # fmt: skip
+    prior = {
+        "channels": 8, "layers": 2, "heads": 1, "kernel_size": 3, "grid": (4, 4), "num_classes": 2,
+        "codebook_size": 8, "coarser_codebook_sizes": (8,), "num_attributes": 2,
+        "condition_layers": 1,
+    }  # fmt: skip
+    snail = {"attention_layers": 1, "attention_channels": 4, "output_layers": 1}
+    attention = {"attention_channels", "heads"}
+    found: dict[str, tuple[str, dict, set[str]]] = {
+        quantizer: ("vqvae", {**vqvae, "quantizer": (quantizer,)}, set())
+        for quantizer in ("ema", "learned", "cosine", "fsq", "simvq")
+    }
+    return found | {
+        "classifier": ("classifier", {"num_outputs": 3, "kind": "classes", "names": "abc"}, set()),
+        "conv": ("vae", vae, {"flow_steps", "context_channels", "context_kernel"}),
+        "mlp": ("vae", {**vae, **mlp}, set()),
+        "pixelcnn": ("prior", prior, attention | {"residual_channels"}),
+        "pixelsnail": ("prior", {**prior, **snail, "architecture": "pixelsnail"}, set()),
+        "transformer": ("prior", {**prior, "architecture": "transformer"}, attention),
+    }
+
+
 def configs(root: Path) -> dict[str, str]:
     """YAML by what is wrong with it."""
     levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]

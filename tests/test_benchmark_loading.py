@@ -15,6 +15,7 @@ import results
 import resume
 import scaling
 
+from pipeline.data import shards
 from pipeline.data.images import open_images
 from pipeline.data.index import read_index
 from pipeline.data.shards import ShardReader
@@ -85,7 +86,16 @@ def test_simulated_shards_are_read_as_true_ones(tmp_path):
 def test_a_start_gives_time_and_memory(tmp_path):
     root = resume.simulate_shards(tmp_path, 70, shard_size=70)
     found = resume.first_batch(root, start=64 * 1001)
-    assert found["ms"] > 0 and 0 <= found["mib"] < 200
+    assert found["ms"] > 0 and found["cpu_ms"] > 0 and 0 <= found["mib"] < 200
+
+
+def test_a_start_opens_no_more_shards_than_its_first_batch_has(tmp_path, monkeypatch):
+    root = resume.simulate_shards(tmp_path, 64_000, shard_size=100)  # 640 shards
+    opened = []
+    read_table = shards.read_table
+    monkeypatch.setattr(shards, "read_table", lambda path: opened.append(path) or read_table(path))
+    resume.first_batch(root, start=64 * 1001)
+    assert 0 < len(opened) <= 64 and len(set(opened)) == len(opened)
 
 
 # What follows counts what the formulas say.

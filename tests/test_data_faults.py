@@ -182,6 +182,19 @@ def test_keys_that_occur_twice_are_named(tmp_path):
         open_images(write(tmp_path / "x", twice), "train", SIZE, corrupt=SUBSTITUTE)
 
 
+@pytest.mark.parametrize("absurd", [2**40 + 1, 10**15])
+def test_a_stream_of_absurd_length_is_refused_at_its_first_batch(shards, absurd):
+    index = read_index(shards)
+    first, *rest = index.shards("train")
+    huge = dataclasses.replace(first, num_samples=absurd)
+    write_index(shards, dataclasses.replace(index, splits={"train": (huge, *rest)}))
+    images = open_images(shards, "train", SIZE, cache=False)
+    with pytest.raises(UserError, match="an order is for at most"):
+        batches(images, 4, 1)
+    with pytest.raises(UserError, match=r"train-0\.tar: 6 samples, index\.json says"):
+        images[0]
+
+
 def test_one_lost_shard_of_absurd_length_is_over_the_budget_at_once(shards):
     index = read_index(shards)
     first, *rest = index.shards("train")

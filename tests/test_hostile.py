@@ -1,6 +1,7 @@
 """Every item of the hostile corpus, given to what a user would give it to: one clear line, no code
 run, no file written elsewhere, little memory and time."""
 
+import dataclasses
 import io
 import pickle
 import resource
@@ -8,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import hostile
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT
 
@@ -22,6 +25,9 @@ from pipeline.data.images import open_images
 from pipeline.data.shards import Index, stream_shard, write_index, write_shard
 from pipeline.evaluation import model_card
 from pipeline.evaluation.extractors import inception_extractor
+from pipeline.models import MODELS
+from pipeline.models.priors import make_prior
+from pipeline.models.priors.prior import MAX_GRID, PriorConfig
 from pipeline.stage import UserError
 from pipeline.training.checkpoint import load_model
 
@@ -172,6 +178,46 @@ def test_models(tmp_path, name):
 def test_configs_of_models(tmp_path, about):
     path = hostile.model(tmp_path / "vqvae", hostile.safetensors(tmp_path)["other"], **about)
     refuses(lambda: load_model(path, "vqvae"), "vqvae/final")
+
+
+@pytest.mark.parametrize("size", [10**9, 2**62, 10**30])
+@pytest.mark.parametrize("name", hostile.small_models())
+def test_models_of_absurd_sizes(tmp_path, name, size):
+    """Each size in turn is one that no memory, or no time, would be enough for."""
+    kind, values, unused = hostile.small_models()[name]
+    config_type, model_type = MODELS[kind]
+    config = config_type(**values)
+    weights = safetensors.torch.save(model_type(config).state_dict())
+    sizes = dataclasses.asdict(config)
+    load_model(hostile.model(tmp_path / "right", weights, kind=kind, model=sizes))
+    for field, value in sizes.items():
+        if isinstance(value, tuple | list) and value and isinstance(value[0], int):
+            absurd = [*value[:-1], size]
+        elif isinstance(value, int) or value is None:
+            absurd = size
+        else:
+            continue
+        about = {"kind": kind, "model": {**sizes, field: absurd}}
+        path = hostile.model(tmp_path / field, weights, **about)
+        if field in unused:
+            with suppress(UserError):
+                load_model(path)
+        else:
+            assert "final" in refuses(lambda path=path: load_model(path)), field
+
+
+def test_a_grid_that_the_weights_do_not_tell(tmp_path):
+    """Of a PixelCNN, whose scan for the slope takes memory for it."""
+    kind, values, _ = hostile.small_models()["pixelcnn"]
+    weights = safetensors.torch.save(make_prior(PriorConfig(**values)).state_dict())
+    for number, grid in enumerate([(4, 10**6), (10**6, 4), (129, 129)]):
+        about = {"kind": kind, "model": {**values, "grid": grid}}
+        path = hostile.model(tmp_path / str(number), weights, **about)
+        refuses(lambda path=path: load_model(path), "model.grid must be")
+    largest = PriorConfig(**{**values, "grid": (MAX_GRID, MAX_GRID)})
+    weights = safetensors.torch.save(make_prior(largest).state_dict())
+    about = {"kind": kind, "model": dataclasses.asdict(largest)}
+    load_model(hostile.model(tmp_path / "largest", weights, **about))
 
 
 def test_weights_that_are_a_pickle(tmp_path):

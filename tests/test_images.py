@@ -4,13 +4,18 @@ import dataclasses
 import io
 import json
 import pickle
+import re
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from pipeline.data import images as images_module
 from pipeline.data.images import Recipe, decode, open_images, pixel_variance, recipe_for
 from pipeline.data.shards import Index, read_table, write_index, write_shard
 from pipeline.stage import UserError
@@ -71,6 +76,67 @@ def test_decode_resizes_as_torch_does(size: int) -> None:
     assert np.abs(actual - expected.numpy()).max() <= 1.5
 
 
+def jpeg(pixels: np.ndarray, mode: str = "RGB", **options: Any) -> bytes:
+    output = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(output, "JPEG", **options)
+    return output.getvalue()
+
+
+EXIF = Image.Exif()
+EXIF[0x0112] = 6  # "turn by 90 degrees", which nobody does
+USUAL = {
+    "4:4:4": {"subsampling": "4:4:4"}, "4:2:2": {"subsampling": "4:2:2"},
+    "4:2:0": {"subsampling": "4:2:0"}, "grey": {"mode": "L"}, "progressive": {"progressive": True},
+    "progressive-grey": {"progressive": True, "mode": "L"}, "quality": {"quality": 100},
+    "optimized": {"optimize": True}, "restarts": {"restart_marker_rows": 1},
+    "segments": {"exif": EXIF, "comment": b"\xff\xd8", "icc_profile": bytes(100_000)},
+    "kept-rgb": {"keep_rgb": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", [*USUAL, "cmyk"])
+def test_every_jpeg_has_the_pixels_that_pil_gives_it(kind: str, channels: int) -> None:
+    options = USUAL.get(kind, {"mode": "CMYK"})
+    for number, (height, width) in enumerate([(218, 178), (17, 31), (1, 1), (64, 9)]):
+        data = jpeg(noise(number, height, width), **options)
+        assert (images_module._jpeg_frame(data) is not None) == (kind in USUAL)
+        with Image.open(io.BytesIO(data)) as image:
+            usual = image.convert("RGB" if channels == 3 else "L")
+        side = min(height, width)
+        left, top = (width - side) // 2, (height - side) // 2
+        usual = usual.crop((left, top, left + side, top + side))
+        for size in (side, 24):
+            expected = np.asarray(usual.resize((size, size), Image.Resampling.BILINEAR))
+            recipe = Recipe(size, crop=None, channels=channels)
+            assert (decode(data, recipe) == expected.reshape(size, size, channels)).all()
+
+
+@pytest.mark.parametrize("spoil", ["cut", "cut in the header", "zeros", "no height"])
+def test_a_damaged_jpeg_is_what_it_is_to_pil(spoil: str) -> None:
+    data = bytearray(jpeg(noise(0), progressive=True))
+    frame = data.index(b"\xff\xc2")
+    if spoil == "cut":
+        del data[-500:]
+    if spoil == "cut in the header":
+        del data[frame + 6 :]
+    if spoil == "zeros":
+        data[frame:] = bytes(len(data) - frame)
+    if spoil == "no height":
+        data[frame + 5 : frame + 7] = bytes(2)
+
+    def error_of(call: Callable[[], object]) -> str:
+        with pytest.raises((OSError, ValueError, SyntaxError)) as caught:
+            call()
+        return re.sub("0x[0-9a-f]+", "", str(caught.value))
+
+    with_pil = error_of(lambda: Image.open(io.BytesIO(data), formats=("JPEG", "PNG")).load())
+    if spoil != "no height":  # the sizes are looked at before
+        assert error_of(lambda: decode(bytes(data), Recipe(64, crop=None))) == with_pil
+    else:
+        assert "178x0" in error_of(lambda: decode(bytes(data), Recipe(64, crop=None)))
+
+
 def test_mnist_is_padded_with_zeros() -> None:
     digit = noise(3, 28, 28)[:, :, 0]
     padded = decode(png(digit), recipe_for("mnist", 32))
@@ -127,6 +193,71 @@ def test_cache_and_streaming_are_the_same(tmp_path: Path) -> None:
     assert len(pickle.dumps(cached)) < 10_000
 
 
+def test_streaming_opens_a_shard_when_one_of_its_images_is_read(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    expected = open_images(tmp_path, "train", 64, progress=False).fetch(np.arange(11))
+    images = open_images(tmp_path, "train", 64, cache=False)
+    table = tmp_path / "train-1.index.npy"
+    content = table.read_bytes()
+    table.write_bytes(content[:-1] + b"x")
+    found = images.fetch(np.array([5, 3]))  # of the first shard
+    for name, array in found.items():
+        assert array.dtype == expected[name].dtype and (array == expected[name][[5, 3]]).all()
+    with pytest.raises(UserError, match=r"train-1\.index\.npy: not the SHA-256"):
+        images.fetch(np.array([0, 7]))
+    table.write_bytes(content)
+    for images_of in (images, pickle.loads(pickle.dumps(images))):
+        again = images_of.fetch(np.arange(11))
+        assert all((array == expected[name]).all() for name, array in again.items())
+    table.unlink()
+    with pytest.raises(UserError, match=r"train-1\.index\.npy is missing"):
+        open_images(tmp_path, "train", 64, cache=False)
+
+
+def test_streamed_keys_are_unique_or_refused_when_they_are_used(tmp_path: Path) -> None:
+    samples = [(key, {"png": png(noise(0, 8, 8)), "json": b"{}"}) for key in ("a", "b")]
+    shards = tuple(write_shard(tmp_path / f"{n}.tar", samples[:2]) for n in range(2))
+    write_index(tmp_path, Index(source="folder", splits={"train": shards}))
+    images = open_images(tmp_path, "train", 8, cache=False)
+    assert len(images) == 4 and images[:].shape == (4, 8, 8, 3)
+    with pytest.raises(UserError, match="two samples have the key a"):
+        images.keys  # noqa: B018
+    with pytest.raises(UserError, match="two samples have the key a"):
+        open_images(tmp_path, "train", 8, progress=False)
+
+
+def test_a_flipped_bit_in_the_cache_is_named(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    images = open_images(tmp_path, "train", 64, progress=False)
+    expected, file = images[:], tmp_path / "cache" / images.recipe.hash / "train.npy"
+    whole = file.read_bytes()
+    start = len(whole) - expected.nbytes
+    each = expected[0].nbytes
+    for number, place in ((0, 0), (7, 1234), (10, each - 1)):
+        content = bytearray(whole)
+        content[start + number * each + place] ^= 1 << (number % 8)
+        file.write_bytes(content)
+        spoiled = open_images(tmp_path, "train", 64, progress=False)
+        others = np.delete(np.arange(11), number)
+        for images in (spoiled, pickle.loads(pickle.dumps(spoiled))):
+            assert (images[others] == expected[others]).all()
+            for _ in range(2):  # it does not become right by being read
+                with pytest.raises(UserError, match=rf"train\.npy: image {number} is damaged"):
+                    images[[others[0], number]]
+    file.unlink()  # as the error says
+    assert (open_images(tmp_path, "train", 64, progress=False)[:] == expected).all()
+
+
+def test_a_cache_without_checksums_is_built_again(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    images = open_images(tmp_path, "train", 64, progress=False)
+    file = tmp_path / "cache" / images.recipe.hash / "train.metadata.npz"
+    np.savez(file, **images.metadata)  # as an older version left it
+    assert (open_images(tmp_path, "train", 64, progress=False)[:] == images[:]).all()
+    with np.load(file) as arrays:
+        assert arrays["crc32"].tolist() == [zlib.crc32(image.tobytes()) for image in images[:]]
+
+
 def test_annotations(tmp_path: Path) -> None:
     write_images(tmp_path)
     images = open_images(tmp_path, "train", 64, progress=False)
@@ -179,9 +310,10 @@ def test_pixel_variance(tmp_path: Path) -> None:
     write_images(tmp_path)
     images = open_images(tmp_path, "train", 64, progress=False)
     assert pixel_variance(images) == pytest.approx(np.var(images[:] / 255.0), rel=1e-12)
+    long = dataclasses.replace(images.index.shards("train")[0], num_samples=10_000)
     large = dataclasses.replace(  # only 4,096 evenly spaced images of many are looked at
         images,
-        keys=np.zeros(10_000, "S1"),
+        index=dataclasses.replace(images.index, splits={"train": (long,)}),
         pixels=lambda i: np.repeat(i[:, None, None, None] % 256, 3, 3).astype(np.uint8),
     )
     assert pixel_variance(large) == pytest.approx(np.var(np.arange(256) / 255), rel=0.01)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.order import batches, permute, rank_part, stream
+from pipeline.data.order import BATCHES_AHEAD, batches, permute, rank_part, stream
 from pipeline.stage import UserError
 
 GOLDEN_10 = [7, 8, 2, 6, 9, 3, 0, 4, 5, 1]
@@ -98,7 +98,7 @@ def test_stream_is_the_concatenation_of_epochs(n: int, start: int, one: int, two
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_world_size_changes_no_batch(world: int) -> None:
     ranks = [batches(21, 8, rank, world, start=16, seed=9) for rank in range(world)]
-    for t in range(2, 12):
+    for t in range(2, 3 * BATCHES_AHEAD):
         batch = np.concatenate([next(rank) for rank in ranks])
         assert batch.tolist() == stream(9, 21, 8 * t, 8).tolist()
 
@@ -106,6 +106,8 @@ def test_world_size_changes_no_batch(world: int) -> None:
 def test_user_errors() -> None:
     with pytest.raises(UserError, match="multiple of 3"):
         batches(10, 8, 0, 3, 0, 0)  # at once, not at the first batch
+    with pytest.raises(UserError, match="at most 1,099,511,627,776"):
+        batches(2**40 + 1, 8, 0, 1, 0, 0)
     with pytest.raises(UserError, match="empty"):
         batches(0, 8, 0, 1, 0, 0)
     with pytest.raises(ValueError):

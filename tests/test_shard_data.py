@@ -12,7 +12,8 @@ from test_sources import encoded, huge_png
 
 from pipeline import shard_data
 from pipeline.data.shards import Index, ShardReader, read_index
-from pipeline.shard_data import ShardData
+from pipeline.data.sources import Item, Source
+from pipeline.shard_data import ShardData, plan_tasks
 from pipeline.stage import UserError
 
 SCRIPT = Path(shard_data.__file__)
@@ -242,6 +243,13 @@ def test_wrong_inputs_are_named(tmp_path: Path) -> None:
 def test_config_is_validated(tmp_path: Path, options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         ShardData(**{"source": "celeba", "root": tmp_path, "out": tmp_path, **options})
+
+
+def test_a_key_of_two_images_is_refused_in_all_splits(tmp_path: Path) -> None:
+    items = [Item(key=k, split=s, path="", file="") for k, s in (("a", "train"), ("a", "valid"))]
+    config = ShardData(source="folder", root=tmp_path, out=tmp_path / "out")
+    with pytest.raises(UserError, match="two samples have the key a: each image"):
+        plan_tasks(config, Source(name="folder", items=tuple(items)))
 
 
 def test_command_line(tmp_path: Path) -> None:

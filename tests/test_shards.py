@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import tarfile
 from pathlib import Path
 
@@ -115,11 +116,81 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not what index\.json says"):
         list(stream_shard(path, info))
     table_path(path).write_bytes(table_path(path).read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"a\.index\.npy"):
-        ShardReader(path, info)
+    with pytest.raises(UserError, match=r"a\.index\.npy: not the SHA-256"):
+        ShardReader(path, info).read(0)
     path.write_bytes(content[:-512])
     with pytest.raises(UserError, match="bytes of index"):
-        ShardReader(path, info)
+        ShardReader(path, info).read(0)
+
+
+def test_a_shard_is_opened_when_it_is_first_read(tmp_path: Path) -> None:
+    info = write_shard(tmp_path / "a.tar", SAMPLES)
+    reader, gone = ShardReader(tmp_path / "a.tar", info), ShardReader(tmp_path / "b.tar", info)
+    assert len(gone) == 3 and len(pickle.loads(pickle.dumps(gone))) == 3
+    with pytest.raises(UserError, match=r"b\.tar is missing"):
+        gone.read(0)
+    reader.open()
+    table_path(tmp_path / "a.tar").unlink()  # is not looked at a second time
+    assert reader.read(2) == SAMPLES[2][1] and reader.keys.tolist()[1] == b"b-_9"
+    more = dataclasses.replace(info, num_samples=4)
+    write_shard(tmp_path / "a.tar", SAMPLES)
+    with pytest.raises(UserError, match=r"3 samples, index\.json says 4"):
+        ShardReader(tmp_path / "a.tar", more).open()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_samples_of_as_many_members_are_numbered_like_others(tmp_path: Path, count: int) -> None:
+    names = ["jpg", "json"][:count]
+    samples = [(f"{n}", dict.fromkeys(names, b"%d" % n)) for n in range(5)]
+    reader = ShardReader(tmp_path / "a.tar", write_shard(tmp_path / "a.tar", samples))
+    assert [reader.read(n) for n in range(5)] == [members for _, members in samples]
+    empty = ShardReader(tmp_path / "b.tar", write_shard(tmp_path / "b.tar", []))
+    assert len(empty.keys) == 0
+
+
+@pytest.mark.parametrize("keys", ["aba", "bab", "acba"])
+def test_a_key_that_comes_again_is_named_at_the_first_sample(tmp_path: Path, keys: str) -> None:
+    """As only another writer would write it."""
+    path = tmp_path / "a.tar"
+    write_shard(path, [(f"{n}", {"json": b"{}"}) for n in range(len(keys))])
+    table = np.array(read_table(path))
+    table["key"] = list(keys)
+    np.save(table_path(path), table)
+    info = ShardInfo(
+        name=path.name, num_samples=len(keys), bytes=path.stat().st_size, sha256=file_sha256(path),
+        table_sha256=file_sha256(table_path(path)),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=rf"two samples have the key {keys[0]}: .*a\.tar"):
+        ShardReader(path, info).read(0)
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [("key", b"a.b"), ("key", b"a\0b"), ("key", b""), ("key", b"\xe4"), ("key", b"a/b"),
+     ("key", b"k" * 129), ("extension", b"JPG"), ("extension", b"a/b"), ("extension", b"")],
+)  # fmt: skip
+def test_names_in_a_table_are_those_of_the_writer(tmp_path: Path, field: str, name: bytes) -> None:
+    path = tmp_path / "a.tar"
+    write_shard(path, [(f"{n}", {"json": b"{}"}) for n in range(3)])
+    table = read_table(path)
+    wide = [(f, "S129" if f == field else table.dtype[f].str) for f in table.dtype.names or ()]
+    changed = table.astype(wide)
+    changed[field][1] = name
+    np.save(table_path(path), changed)
+    info = dataclasses.replace(expected_of(path, 3), table_sha256=file_sha256(table_path(path)))
+    with pytest.raises(UserError, match=r"a\.index\.npy: no sample table"):
+        ShardReader(path, info).read(0)
+
+
+def test_there_may_be_more_open_shards_than_files(tmp_path: Path) -> None:
+    first = write_shard(tmp_path / "0.tar", SAMPLES)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        readers = [ShardReader(tmp_path / "0.tar", first) for _ in range(100)]
+        assert all(reader.read(1) == SAMPLES[1][1] for reader in readers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_pickled_table_is_refused(tmp_path: Path) -> None:
@@ -127,7 +198,7 @@ def test_a_pickled_table_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.index.npy", np.array([{}], dtype=object), allow_pickle=True)
     info = dataclasses.replace(info, table_sha256=file_sha256(tmp_path / "a.index.npy"))
     with pytest.raises(UserError, match="no sample table"):
-        ShardReader(tmp_path / "a.tar", info)
+        ShardReader(tmp_path / "a.tar", info).read(0)
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,8 @@ def test_mig_and_dci_are_of_factors_that_every_image_shows(face_shards, monkeypa
             for name in shuffled:
                 column = images.index.factor_names.index(name)
                 factors[:, column] = factors[::-1, column]
-            changed = dataclasses.replace(images, factors=factors)
+            metadata = {**images.metadata, "factors": factors}
+            changed = dataclasses.replace(images, metadata=metadata)
             splits.append(Split(model, changed, False, torch.device("cpu")))
         figures = latent_figures(*splits, train_count=100, seed=0)
         return {name: found for name, found in figures.items() if name[:3] in ("mig", "dci")}

@@ -5,7 +5,6 @@ codes.levels[0]        # (N, 8, 8) uint16, the coarsest level
 """
 
 import io
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.index import Index, parse_description, read_index
-from pipeline.data.shards import AGAIN, ShardReader, check_unique
+from pipeline.data.shards import AGAIN, HEADER_LOCK, ShardReader, check_unique
 from pipeline.stage import UserError
 
 _MAX_GRID = 2**20  # codes of a level
-_HEADER_LOCK = threading.Lock()  # numpy parses headers with ast, which fails in threads (3.11.7)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,7 +122,7 @@ def _from_npy(data: bytes, grid: tuple[int, int], size: int) -> np.ndarray:
     file = io.BytesIO(data)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not a grid of codes")
-    with _HEADER_LOCK:
+    with HEADER_LOCK:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
     if shape != grid or dtype.kind not in "iu":
         raise ValueError(f"{dtype} of shape {shape}, expected integers of {grid}")

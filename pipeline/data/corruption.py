@@ -5,6 +5,7 @@ of processes and workers and after a resume. Which samples are corrupt is known 
 step: building the cache, or without one a look at every image, finds them all.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from pipeline.data.index import ShardInfo
 from pipeline.data.order import permute, uses
-from pipeline.data.shards import ShardReader
+from pipeline.data.shards import AGAIN, ShardReader
 from pipeline.stage import UserError, is_rank_zero, write_json
 
 Fault = dict[str, Any]
@@ -53,6 +54,9 @@ class LostShard:
     def keys(self) -> np.ndarray:
         return np.array([f"lost-{self.path.stem}-{i}" for i in range(len(self))], "S")
 
+    def read(self, sample: int) -> dict[str, bytes]:
+        raise UserError(self.reason)
+
     def read_member(self, sample: int, *extensions: str) -> bytes:
         raise UserError(self.reason)
 
@@ -70,19 +74,26 @@ def open_readers(
     root: Path, shards: Sequence[ShardInfo], config: CorruptConfig, split: str
 ) -> list[ShardReader | LostShard]:
     """Readers of a split. Where that is tolerated a damaged tar is read as far as it goes, and a
-    shard without tar or table is lost."""
+    shard without tar or table is lost. Else a missing file is named here, and what is wrong inside
+    of one when it is needed."""
+    if not config.substitutes:
+        present = set(os.listdir(root))  # one look: there may be 10,000 shards
+        for shard in shards:
+            for name in (shard.name, shard.name.removesuffix(".tar") + ".index.npy"):
+                if name not in present:
+                    raise UserError(f"{root / name} is missing: {AGAIN}")
+        return [ShardReader(f"{root}/{shard.name}", shard) for shard in shards]  # Paths are slow
     readers, lost, total = [], 0, sum(shard.num_samples for shard in shards)
     for shard in shards:
-        path = root / shard.name
+        reader = ShardReader(root / shard.name, shard, whole=False)
         try:
-            readers.append(ShardReader(path, shard, whole=not config.substitutes))
+            reader.open()
         except UserError as error:
-            if not config.substitutes:
-                raise
             lost += shard.num_samples
             # before anything of that length is made: num_samples is only the index's word
             check_budget(config, lost, total, split, str(error))
-            readers.append(LostShard(path, shard, str(error)))
+            reader = LostShard(reader.path, shard, str(error))
+        readers.append(reader)
     return readers
 
 

@@ -13,11 +13,14 @@ import hashlib
 import io
 import json
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ from pipeline.stage import UserError, num_cpus, write_json
 RECIPE_VERSION = 1  # to be raised with every change that alters a pixel
 IMAGE_EXTENSIONS = {"JPEG": "jpg", "PNG": "png"}  # what shards hold
 MAX_PIXELS = 64_000_000  # of an encoded image: Pillow takes four bytes for each
+METADATA = ("keys", "attributes", "labels", "factors")
 _CHUNK = 256  # images per task of the cache
 
 
@@ -79,19 +83,15 @@ def recipe_for(source: str, size: int) -> Recipe:
 
 
 def decode(image_bytes: bytes, recipe: Recipe) -> np.ndarray:
-    """Encoded JPEG or PNG -> (H, W, C) uint8. ValueError or OSError where that is impossible."""
-    with Image.open(io.BytesIO(image_bytes), formats=tuple(IMAGE_EXTENSIONS)) as image:
-        width, height = image.size
-        crop = recipe.crop or min(width, height)
-        if width * height > MAX_PIXELS or min(width, height) < crop:
-            raise ValueError(f"{width}x{height} pixels: too many, or less than the crop of {crop}")
-        if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        mode = "RGB" if recipe.channels == 3 else "L"
-        image.load()
-        if image.mode != mode:  # else it would be a copy, and an image may have 64 million pixels
-            image = image.convert(mode)
-    left, top, pad = (width - crop) // 2, (height - crop) // 2, recipe.pad
+    """Encoded JPEG or PNG -> (H, W, C) uint8, read-only. ValueError or OSError where that is
+    impossible."""
+    image = _decoded(image_bytes, recipe.crop)
+    mode = "RGB" if recipe.channels == 3 else "L"
+    if image.mode != mode:  # else it would be a copy, and an image may have 64 million pixels
+        image = image.convert(mode)
+    (width, height), pad = image.size, recipe.pad
+    crop = recipe.crop or min(width, height)
+    left, top = (width - crop) // 2, (height - crop) // 2
     # PIL's crop fills with zeros what lies outside of the image, so cropping is padding too
     if (width, height) != (crop, crop):
         image = image.crop((left, top, left + crop, top + crop))
@@ -99,7 +99,50 @@ def decode(image_bytes: bytes, recipe: Recipe) -> np.ndarray:
         image = image.crop((-pad, -pad, crop + pad, crop + pad))
     if image.size != (recipe.size, recipe.size):
         image = image.resize((recipe.size, recipe.size), Image.Resampling.BILINEAR)
-    return np.array(image).reshape(recipe.size, recipe.size, recipe.channels)
+    pixels = np.frombuffer(image.tobytes(), np.uint8)
+    return pixels.reshape(recipe.size, recipe.size, recipe.channels)
+
+
+def _decoded(data: bytes, crop: int | None) -> Image.Image:
+    """The whole image, in whatever mode it has. A JPEG goes to PIL's decoder at once, since
+    `Image.open` takes longer to look at all its segments; the decoder is the same."""
+
+    def check(width: int, height: int) -> None:
+        if width * height > MAX_PIXELS or min(width, height) < (crop or 1):
+            raise ValueError(f"{width}x{height} pixels: too many, or less than the crop of {crop}")
+
+    if frame := _jpeg_frame(data):
+        mode, size = frame
+        check(*size)
+        try:
+            return Image.frombytes(mode, size, data, "jpeg", mode, "")
+        except ValueError:
+            pass  # damaged: what follows says how
+    with Image.open(io.BytesIO(data), formats=tuple(IMAGE_EXTENSIONS)) as image:
+        check(*image.size)
+        if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image.load()
+        return image
+
+
+def _jpeg_frame(data: bytes) -> tuple[str, tuple[int, int]] | None:
+    """("RGB" or "L", (width, height)) by the segments before the frame of a JPEG of 8 bits,
+    baseline or progressive; None for anything else."""
+    place = 2
+    try:
+        while data[:2] == b"\xff\xd8" and data[place] == 0xFF:
+            marker, length = struct.unpack_from(">BH", data, place + 1)
+            if marker in (0xC0, 0xC1, 0xC2):
+                bits, height, width, layers = struct.unpack_from(">BHHB", data, place + 4)
+                mode = {1: "L", 3: "RGB"}.get(layers)
+                return (mode, (width, height)) if mode and bits == 8 else None
+            if not (0xE0 <= marker <= 0xEF or marker in (0xC4, 0xDB, 0xDD, 0xFE)):
+                return None  # not one of tables, restart interval, application's or comment
+            place += 2 + length
+    except (IndexError, struct.error):
+        pass
+    return None
 
 
 class StreamedPixels:
@@ -125,45 +168,78 @@ class StreamedPixels:
 
     def description(self, number: int) -> dict[str, Any]:
         """The JSON member of a sample, or of its stand-in."""
-        return _description(*self.place(self.stand_ins.get(number, number)))
+        reader, sample = self.place(self.stand_ins.get(number, number))
+        return _description(reader, sample, reader.read_member(sample, "json"))
 
     def one(self, number: int) -> np.ndarray:
         """The pixels (H, W, C) of a sample, or of its stand-in."""
         reader, sample = self.place(self.stand_ins.get(number, number))
-        try:
-            return decode(reader.read_member(sample, *IMAGE_EXTENSIONS.values()), self.recipe)
-        except UserError as error:
-            raise UserError(f"{error}{self.way_out}") from error
-        except MemoryError:
-            raise  # no fault of the image
-        except Exception as error:  # decoders raise almost anything on damaged bytes
-            key, reason = reader.keys[sample].decode(), " ".join(str(error).split())
-            raise UserError(
-                f"{reader.path}: image {key} cannot be read: {reason or type(error).__name__}"
-                f"{self.way_out}"
-            ) from error
+        return self._decode(reader, sample, self._read(reader, sample))
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         pixels = np.empty((len(indices), *_shape(self.recipe)), np.uint8)
-        for row, index in enumerate(indices):
-            pixels[row] = self.one(int(index))
+        for row, number in enumerate(indices.tolist()):
+            pixels[row] = self.one(number)
         return pixels
+
+    def with_descriptions(self, indices: np.ndarray) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """The pixels (B, H, W, C) of samples and their JSON members, each read once."""
+        pixels, samples = np.empty((len(indices), *_shape(self.recipe)), np.uint8), []
+        for row, number in enumerate(indices.tolist()):
+            reader, sample = self.place(self.stand_ins.get(number, number))
+            members = self._read(reader, sample)
+            pixels[row] = self._decode(reader, sample, members)
+            samples.append(_description(reader, sample, members.get("json", b"")))
+        return pixels, samples
+
+    def _read(self, reader: ShardReader | LostShard, sample: int) -> dict[str, bytes]:
+        """All members, so that damage to any of them is seen with the image."""
+        try:
+            return reader.read(sample)
+        except UserError as error:
+            raise UserError(f"{error}{self.way_out}") from error
+
+    def _decode(
+        self, reader: ShardReader | LostShard, sample: int, members: Mapping[str, bytes]
+    ) -> np.ndarray:
+        data = members.get("jpg", members.get("png"))
+        if data is not None:
+            try:
+                return decode(data, self.recipe)
+            except MemoryError:
+                raise  # no fault of the image
+            except Exception as error:  # decoders raise almost anything on damaged bytes
+                reason = " ".join(str(error).split()) or type(error).__name__
+        else:
+            reason = "it has no member jpg or png"
+        key = reader.keys[sample].decode()
+        raise UserError(f"{reader.path}: image {key} cannot be read: {reason}{self.way_out}")
 
 
 class _CachedPixels:
-    """Rows of a memory-mapped array, which is opened again where it is unpickled."""
+    """Rows of a memory-mapped array, which is opened again where it is unpickled. What is read is
+    compared with its CRC32: microseconds an image."""
 
-    def __init__(self, path: Path, stand_ins: Mapping[int, int] | None = None) -> None:
-        self.path, self.stand_ins = path, stand_ins or {}
+    def __init__(
+        self, path: Path, crc32: np.ndarray, stand_ins: Mapping[int, int] | None = None
+    ) -> None:
+        self.path, self.crc32, self.stand_ins = path, crc32, stand_ins or {}
         self.array = np.load(path, mmap_mode="r", allow_pickle=False)
 
-    def __reduce__(self) -> tuple[type, tuple[Path, Mapping[int, int]]]:
-        return _CachedPixels, (self.path, self.stand_ins)
+    def __reduce__(self) -> tuple[type, tuple[Path, np.ndarray, Mapping[int, int]]]:
+        return _CachedPixels, (self.path, self.crc32, self.stand_ins)
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         if self.stand_ins:
             indices = np.array([self.stand_ins.get(i, i) for i in indices.tolist()], np.int64)
-        return np.asarray(self.array[indices])
+        pixels = np.asarray(self.array[indices])
+        for number, crc32, image in zip(indices, self.crc32[indices].tolist(), pixels, strict=True):
+            if zlib.crc32(image.data) != crc32:
+                raise UserError(
+                    f"{self.path}: image {number} is damaged (CRC32): delete this file, and it is "
+                    "made again"
+                )
+        return pixels
 
 
 def _shape(recipe: Recipe) -> tuple[int, int, int]:
@@ -177,21 +253,39 @@ class ImageSet:
     index: Index
     split: str
     recipe: Recipe
-    keys: np.ndarray
-    """(N,) bytes, the samples' keys."""
-    attributes: np.ndarray
-    """(N, A) int8: -1 no, +1 yes, 0 unknown."""
-    labels: np.ndarray
-    """(N,) int64: the class, -1 where there is none."""
-    factors: np.ndarray
-    """(N, F) float32: true generating factors, NaN where unknown."""
+    metadata: Mapping[str, np.ndarray]
+    """keys, attributes, labels and factors, which are properties of this class."""
     pixels: Callable[[np.ndarray], np.ndarray]
     """Indices (B,) int64 -> (B, H, W, C) uint8: `images[...]` is more convenient."""
     faults: tuple[Fault, ...] = ()
     """The corrupt samples. Pixels, attributes, labels and factors are those of their stand-ins."""
 
+    @cached_property
+    def _count(self) -> int:
+        return self.index.num_samples(self.split)
+
     def __len__(self) -> int:
-        return len(self.keys)
+        return self._count
+
+    @property
+    def keys(self) -> np.ndarray:
+        """(N,) bytes, the samples' keys: no two are equal."""
+        return self.metadata["keys"]
+
+    @property
+    def attributes(self) -> np.ndarray:
+        """(N, A) int8: -1 no, +1 yes, 0 unknown."""
+        return self.metadata["attributes"]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64: the class, -1 where there is none."""
+        return self.metadata["labels"]
+
+    @property
+    def factors(self) -> np.ndarray:
+        """(N, F) float32: true generating factors, NaN where unknown."""
+        return self.metadata["factors"]
 
     @property
     def corrupt(self) -> np.ndarray:
@@ -216,30 +310,71 @@ class ImageSet:
 
     def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """A batch for the loader: images (B, H, W, C) uint8, attributes (B, A), labels (B,)."""
+        if isinstance(self.metadata, StreamedMetadata):
+            return self.metadata.fetch(indices)
         attributes, labels = self.attributes[indices], self.labels[indices]
         return {"images": self[indices], "attributes": attributes, "labels": labels}
 
 
-def _description(reader: ShardReader | LostShard, sample: int) -> dict[str, Any]:
+class StreamedMetadata(Mapping[str, np.ndarray]):
+    """What is known of all samples, read when it is first asked for: keys from the tables, all else
+    from the JSON members. A batch asks for its own samples only."""
+
+    def __init__(self, streamed: StreamedPixels, index: Index, workers: int) -> None:
+        self.streamed, self.index, self.workers = streamed, index, workers
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._keys if name == "keys" else self._described[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(METADATA)
+
+    def __len__(self) -> int:
+        return len(METADATA)
+
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        return _unique_keys(self.streamed)
+
+    @cached_property
+    def _described(self) -> dict[str, np.ndarray]:
+        samples, _ = _descriptions(self.streamed, self.workers, tolerant=False)
+        return _as_arrays(samples, self.index)
+
+    def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """As `ImageSet.fetch`."""
+        pixels, samples = self.streamed.with_descriptions(indices)
+        known = _as_arrays(samples, self.index)
+        return {"images": pixels, "attributes": known["attributes"], "labels": known["labels"]}
+
+
+def _description(reader: ShardReader | LostShard, sample: int, data: bytes) -> dict[str, Any]:
     """The JSON member of a sample."""
     try:
-        return parse_description(reader.read_member(sample, "json"))
+        return parse_description(data)
     except ValueError as error:
         key = reader.keys[sample].decode()
         raise UserError(f"{reader.path}: {key}.json: {error}: {AGAIN}") from error
 
 
-def _metadata(
-    streamed: StreamedPixels, index: Index, workers: int, tolerant: bool
-) -> tuple[dict[str, np.ndarray], dict[int, str]]:
-    """keys, attributes, labels and factors from the samples' JSON members; and, where that is
-    tolerated, {number: reason} of the samples that have none."""
+def _unique_keys(streamed: StreamedPixels) -> np.ndarray:
+    """(N,) bytes."""
+    keys = np.array([key for reader in streamed.readers for key in reader.keys], "S")
+    check_unique(keys)
+    return keys
+
+
+def _descriptions(
+    streamed: StreamedPixels, workers: int, tolerant: bool
+) -> tuple[list[dict], dict[int, str]]:
+    """The JSON members of all samples; and, where that is tolerated, {number: reason} of those that
+    have none."""
 
     def parse(reader: ShardReader | LostShard) -> list[dict | str]:
         found = []
         for sample in range(len(reader)):
             try:
-                found.append(_description(reader, sample))
+                found.append(_description(reader, sample, reader.read_member(sample, "json")))
             except UserError as error:
                 if not tolerant:
                     raise UserError(f"{error}{streamed.way_out}") from error
@@ -248,27 +383,31 @@ def _metadata(
 
     with ThreadPoolExecutor(workers) as pool:
         parsed = [sample for shard in pool.map(parse, streamed.readers) for sample in shard]
-    keys = np.array([key for reader in streamed.readers for key in reader.keys], "S")
-    check_unique(keys)
     faults = {number: text for number, text in enumerate(parsed) if isinstance(text, str)}
-    samples = [{} if isinstance(sample, str) else sample for sample in parsed]
-    sign = {True: 1, False: -1, None: 0}
-    attributes = [
-        [sign[sample.get("attributes", {}).get(name)] for name in index.attribute_names]
-        for sample in samples
-    ]
-    factors = [
-        [sample.get("factors", {}).get(name, np.nan) for name in index.factor_names]
-        for sample in samples
-    ]
-    count = len(samples)
-    arrays = {
-        "keys": keys,
-        "attributes": np.array(attributes, np.int8).reshape(count, len(index.attribute_names)),
+    return [{} if isinstance(sample, str) else sample for sample in parsed], faults
+
+
+def _as_arrays(samples: Sequence[dict], index: Index) -> dict[str, np.ndarray]:
+    """attributes, labels and factors of described samples."""
+    count, sign = len(samples), {True: 1, False: -1, None: 0}
+    signs, factors = [], []
+    for sample in samples:
+        known, values = sample.get("attributes", {}), sample.get("factors", {})
+        signs.append([sign[known.get(name)] for name in index.attribute_names])
+        factors.append([values.get(name, np.nan) for name in index.factor_names])
+    return {
+        "attributes": np.array(signs, np.int8).reshape(count, len(index.attribute_names)),
         "labels": np.array([sample.get("label", -1) for sample in samples], np.int64),
         "factors": np.array(factors, np.float32).reshape(count, len(index.factor_names)),
     }
-    return arrays, faults
+
+
+def _metadata(
+    streamed: StreamedPixels, index: Index, workers: int, tolerant: bool
+) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+    """Everything in METADATA, and the faults of `_descriptions`."""
+    samples, faults = _descriptions(streamed, workers, tolerant)
+    return {"keys": _unique_keys(streamed), **_as_arrays(samples, index)}, faults
 
 
 @contextmanager
@@ -291,11 +430,10 @@ def _look_at_all(
     workers: int,
     progress: bool,
     tolerant: bool,
-    array: np.ndarray | None = None,
+    keep: Callable[[int, np.ndarray], None] = lambda number, pixels: None,
 ) -> list[Fault]:
-    """Decodes all samples but those `known` as corrupt, into `array` (N, H, W, C) where there is
-    one. Returns the corrupt ones, or raises UserError for the first. Threads: decoding releases
-    Python's lock."""
+    """Decodes all samples but those `known` as corrupt, and hands them to `keep`. Returns the
+    corrupt ones, or raises UserError for the first. Threads: decoding releases Python's lock."""
     count = int(streamed.ends[-1]) if len(streamed.ends) else 0
 
     def look(start: int) -> tuple[int, dict[int, str]]:
@@ -311,8 +449,7 @@ def _look_at_all(
                     raise
                 found[number] = str(error)
             else:
-                if array is not None:
-                    array[number] = pixels
+                keep(number, pixels)
         return len(numbers), found
 
     reasons = dict(known)
@@ -344,10 +481,15 @@ def _build_cache(
     try:
         shape = (len(metadata["keys"]), *_shape(streamed.recipe))
         array = np.lib.format.open_memmap(pixels, "w+", np.uint8, shape)
-        faults = _look_at_all(streamed, known, name, workers, progress, tolerant, array)
+        crc32 = np.zeros(len(array), np.uint32)
+
+        def keep(number: int, image: np.ndarray) -> None:
+            array[number], crc32[number] = image, zlib.crc32(image.data)
+
+        faults = _look_at_all(streamed, known, name, workers, progress, tolerant, keep)
         array.flush()
         with open(arrays, "wb") as file:
-            np.savez(file, **metadata)  # pyright: ignore[reportArgumentType]
+            np.savez(file, **metadata, crc32=crc32)  # pyright: ignore[reportArgumentType]
         (directory / f"{name}.json").unlink(missing_ok=True)  # of the old cache
         os.replace(arrays, directory / f"{name}.metadata.npz")
         os.replace(pixels, directory / f"{name}.npy")
@@ -369,7 +511,7 @@ def _faults_noted(note: Path, expected: dict, tolerant: bool) -> list[Fault] | N
 
 
 def _load_cache(
-    directory: Path, name: str, recipe: Recipe
+    directory: Path, name: str, recipe: Recipe, count: int
 ) -> tuple[_CachedPixels, dict[str, np.ndarray]] | None:
     """None where a file is missing or damaged."""
     arrays = directory / f"{name}.metadata.npz"
@@ -378,10 +520,14 @@ def _load_cache(
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 return None  # not written here, and may unfold to any size
         with np.load(arrays, allow_pickle=False) as file:
-            metadata = {key: file[key] for key in ("keys", "attributes", "labels", "factors")}
-        pixels = _CachedPixels(directory / f"{name}.npy")
-        shape = (len(metadata["keys"]), *_shape(recipe))
-        fits = pixels.array.shape == shape and pixels.array.dtype == np.uint8
+            metadata = {key: file[key] for key in METADATA}
+            pixels = _CachedPixels(directory / f"{name}.npy", file["crc32"])
+        shape = (count, *_shape(recipe))
+        fits = (
+            pixels.array.shape == shape
+            and pixels.array.dtype == np.uint8
+            and all(len(array) == count for array in (*metadata.values(), pixels.crc32))
+        )
         return (pixels, metadata) if fits else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
@@ -407,7 +553,8 @@ def open_images(
         seed: decides which images stand in for corrupt ones.
         workers: threads that build the cache and read the metadata, 0 for one per CPU.
 
-    Raises UserError for missing or damaged shards.
+    Without a cache, and where a corrupt image stops the stage, a shard is opened when one of its
+    samples is first read. Raises UserError for missing or damaged shards.
     """
     index = read_index(root)
     recipe = recipe_for(index.source, size)
@@ -417,52 +564,61 @@ def open_images(
     way_out = "" if corrupt is None or tolerant else "; or --corrupt.action substitute"
     directory = root / "cache" / recipe.hash
     note = directory / (f"{split}.json" if cache else f"{split}.corrupt.json")
-    expected = {"index_sha256": index.sha256, "recipe": dataclasses.asdict(recipe)}
+
+    def expected() -> dict[str, Any]:
+        return {"index_sha256": index.sha256, "recipe": dataclasses.asdict(recipe)}
 
     def streamed() -> StreamedPixels:
         return StreamedPixels(open_readers(root, shards, config, split), recipe, way_out=way_out)
 
     def noted() -> list[Fault] | None:
-        return _faults_noted(note, expected, tolerant)
+        return _faults_noted(note, expected(), tolerant)
 
     def write_note(faults: list[Fault]) -> None:
-        write_json(note, {**expected, **({"corrupt": faults} if faults else {})})
+        write_json(note, {**expected(), **({"corrupt": faults} if faults else {})})
 
+    def load() -> tuple[_CachedPixels, dict[str, np.ndarray]] | None:
+        return _load_cache(directory, split, recipe, index.num_samples(split))
+
+    metadata: Mapping[str, np.ndarray]
     if cache:
-        loaded = _load_cache(directory, split, recipe) if noted() is not None else None
+        loaded = load() if noted() is not None else None
         if loaded is None:
             with _locked(directory):
                 # another process may just have built it
-                loaded = _load_cache(directory, split, recipe) if noted() is not None else None
+                loaded = load() if noted() is not None else None
                 if loaded is None:
                     write_note(_build_cache(
                         directory, streamed(), index, split, workers, progress, tolerant
                     ))  # fmt: skip
-                    loaded = _load_cache(directory, split, recipe)
+                    loaded = load()
         if loaded is None:
             raise UserError(f"{directory} cannot be read again after writing: look at the disk")
         pixels, metadata = loaded
         faults = noted() or []
+    elif tolerant:
+        pixels = streamed()
+        metadata, known = _metadata(pixels, index, workers, tolerant)
+        with _locked(directory):
+            faults = noted()
+            if faults is None:
+                faults = _look_at_all(pixels, known, split, workers, progress, tolerant)
+                write_note(faults)
     else:
         pixels, faults = streamed(), []
-        metadata, known = _metadata(pixels, index, workers, tolerant)
-        if tolerant:
-            with _locked(directory):
-                faults = noted()
-                if faults is None:
-                    faults = _look_at_all(pixels, known, split, workers, progress, tolerant)
-                    write_note(faults)
+        metadata = StreamedMetadata(pixels, index, workers)
     if faults:
         first = f"first: {faults[0]['reason']}; all: {note}"
         check_budget(config, len(faults), len(metadata["keys"]), split, first)
         others = stand_ins([fault["number"] for fault in faults], len(metadata["keys"]), seed)
         pixels.stand_ins = others
-        for name in ("attributes", "labels", "factors"):
+        for name in ("attributes", "labels", "factors"):  # arrays of this process: writable
             metadata[name][list(others)] = metadata[name][list(others.values())]
         faults = [{**fault, "substitute": others[fault["number"]]} for fault in faults]
     return ImageSet(
-        index=index, split=split, recipe=recipe, pixels=pixels, faults=tuple(faults), **metadata
-    )
+        index=index, split=split, recipe=recipe, metadata=metadata, pixels=pixels,
+        faults=tuple(faults),
+    )  # fmt: skip
 
 
 def open_for_training(config: Any) -> tuple[ImageSet, ImageSet]:

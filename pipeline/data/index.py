@@ -19,9 +19,10 @@ MAX_DESCRIPTION_BYTES = 2**20
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}\.tar")  # no folder, scheme, `::` or `${`
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_SIGNS, _NUMBERS = {bool, type(None)}, {int, float}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShardInfo:
     """What the index knows of a shard; the hashes are hexadecimal SHA-256."""
 
@@ -94,9 +95,9 @@ def parse_description(data: bytes) -> dict[str, Any]:
         raise ValueError("not the description of an image") from None
     if type(label) is not int or not -1 <= label < 2**31:
         raise ValueError("label must be the number of a class")
-    if not all(yes is None or isinstance(yes, bool) for yes in attributes):
+    if not _SIGNS.issuperset(map(type, attributes)):
         raise ValueError("attributes must be true, false or null")
-    if not all(type(factor) in (int, float) for factor in factors):
+    if not _NUMBERS.issuperset(map(type, factors)):
         raise ValueError("factors must be numbers")
     return value
 

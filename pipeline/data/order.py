@@ -17,6 +17,7 @@ import numpy.typing as npt
 from pipeline.stage import UserError
 
 MAX_SAMPLES = 2**40
+BATCHES_AHEAD = 16
 NUM_ROUNDS = 8  # even, so that the two halves end with the widths they began with
 
 _MASK64 = 2**64 - 1
@@ -129,12 +130,17 @@ def batches(
     """
     if n < 1:
         raise UserError("there are no images to train on: the split is empty")
+    if n > MAX_SAMPLES:
+        raise UserError(f"{n:,} images: an order is for at most {MAX_SAMPLES:,}")
     rank_part(np.empty(batch_size), rank, world)
 
     def generate() -> Iterator[npt.NDArray[np.int64]]:
         position = start
         while True:
-            yield rank_part(stream(seed, n, position, batch_size), rank, world)
-            position += batch_size
+            # several at once: for few indices numpy's calls take longer than its arithmetic
+            ahead = stream(seed, n, position, BATCHES_AHEAD * batch_size)
+            for batch in ahead.reshape(BATCHES_AHEAD, batch_size):
+                yield rank_part(batch, rank, world)
+            position += len(ahead)
 
     return generate()

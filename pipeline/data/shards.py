@@ -12,8 +12,10 @@ import hashlib
 import os
 import re
 import tarfile
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +27,7 @@ from pipeline.stage import UserError
 
 __all__ = [
     "AGAIN",
+    "HEADER_LOCK",
     "SPLITS",
     "Index",
     "ShardInfo",
@@ -46,8 +49,10 @@ MAX_MEMBERS = 64  # of a sample, when streamed
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,128}")  # no dot: webdataset splits names at the first one
 _EXTENSION = re.compile(r"[a-z0-9]{1,16}(\.[a-z0-9]{1,16}){0,2}")
+_KEY_BYTES = np.array([_KEY.fullmatch(chr(byte)) is not None for byte in range(256)])
 _BLOCK, _RECORD = 512, 10240  # tar's units: headers and data, the whole file
 AGAIN = "run the stage that made these shards again"
+HEADER_LOCK = threading.Lock()  # numpy parses headers with ast, which fails in threads (3.11.7)
 
 
 def valid_key(key: str) -> bool:
@@ -183,72 +188,118 @@ def verify_shard(path: Path, info: ShardInfo) -> bool:
 
 
 def read_table(path: Path) -> np.ndarray:
-    """The table beside a shard: (members,) of key, extension, offset, length, crc32 (memmap)."""
+    """The table beside a shard: (members,) of key, extension, offset, length, crc32 (mapped)."""
+    file = table_path(path)
     try:
-        table = np.load(table_path(path), mmap_mode="r", allow_pickle=False)
+        with HEADER_LOCK, open(file, "rb") as opened:
+            np.lib.format.read_magic(opened)
+            (count,), _, dtype = np.lib.format.read_array_header_1_0(opened)
+            offset = opened.tell()
+            if os.fstat(opened.fileno()).st_size != offset + count * dtype.itemsize:
+                raise ValueError(f"not the bytes of {count} members")
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{table_path(path)}: no sample table ({error}): {AGAIN}") from error
-    table = table.view(np.ndarray)  # still mapped, without memmap's slow indexing
-    fields = table.dtype.fields or {}
-    kinds = {name: dtype.kind for name, (dtype, *_) in fields.items()}
+        raise UserError(f"{file}: no sample table ({error}): {AGAIN}") from error
+    kinds = {name: kind.kind for name, (kind, *_) in (dtype.fields or {}).items()}
     expected = {"key": "S", "extension": "S", "offset": "u", "length": "u", "crc32": "u"}
-    if kinds != expected or table.ndim != 1 or not _plain(table["key"], table["extension"]):
-        raise UserError(f"{table_path(path)}: no sample table: {AGAIN}")
-    return table
+    if kinds != expected:
+        raise UserError(f"{file}: no sample table: {AGAIN}")
+    return _mapped(file)[offset:].view(dtype)
+
+
+def _mapped(file: Path) -> np.ndarray:
+    """The bytes of a file as uint8, read where they are touched."""
+    import torch  # late: who only writes shards goes without
+
+    # numpy's memmap keeps a descriptor open, and there may be more shards than those
+    size = file.stat().st_size
+    array = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).numpy()
+    array.flags.writeable = False
+    return array
 
 
 def _plain(keys: np.ndarray, extensions: np.ndarray) -> bool:
     """True where all names are such as `write_shard` takes."""
-    return all(valid_key(key.decode("latin1")) for key in np.unique(keys)) and all(
-        _EXTENSION.fullmatch(extension.decode("latin1")) for extension in np.unique(extensions)
+    width = keys.dtype.itemsize
+    letters = np.ascontiguousarray(keys).view(np.uint8).reshape(len(keys), width)
+    good, end = _KEY_BYTES[letters], letters == 0  # all keys at once: there are many
+    return (
+        1 <= width <= 128
+        and bool(good[:, 0].all() and (good | end).all() and not (end[:, :-1] & good[:, 1:]).any())
+        and all(_EXTENSION.fullmatch(name.decode("latin1")) for name in np.unique(extensions))
     )
 
 
-def check_unique(keys: Sequence[bytes] | np.ndarray) -> None:
-    """UserError where two samples (of all shards of a split) have the same key."""
+def check_unique(keys: Sequence[bytes] | np.ndarray, way_out: str = AGAIN) -> None:
+    """UserError where two samples have the same key."""
+    keys = np.asarray(keys)
+    if (keys[1:] > keys[:-1]).all():  # in order, as usual: found without sorting
+        return
     ordered = np.sort(keys)
     twice = np.flatnonzero(ordered[1:] == ordered[:-1])
     if twice.size:
-        raise UserError(f"two samples have the key {bytes(ordered[twice[0]]).decode()}: {AGAIN}")
+        raise UserError(f"two samples have the key {bytes(ordered[twice[0]]).decode()}: {way_out}")
 
 
 class ShardReader:
     """Reads members of a local shard by offset, and checks their CRC32.
 
-    Samples are numbered 0 .. len - 1. No file stays open, so that readers can be shared by
-    threads, pickled into worker processes, and be as many as there are shards. Raises UserError
-    where sizes, hashes of the table or checksums do not match.
+    Samples are numbered 0 .. len - 1. Sizes, the table and its hash are checked when the first of
+    them is read, so that a start does not take longer with more shards. No file stays open, so that
+    readers can be shared by threads, pickled into worker processes, and be as many as there are
+    shards. Raises UserError where sizes, hashes or checksums do not match, or where a key occurs
+    twice in the shard.
 
     Args:
         whole: refuse a tar of another size; else its members are read as far as they are whole.
     """
 
-    def __init__(self, path: Path, info: ShardInfo, whole: bool = True) -> None:
-        self.path, self.info, self.whole = path, info, whole
-        for file in (path, table_path(path)):
-            if not file.is_file():
-                raise UserError(f"{file} is missing: {AGAIN}")
-        if whole and path.stat().st_size != info.bytes:
-            raise UserError(f"{path}: not the {info.bytes} bytes of index.json: {AGAIN}")
-        if file_sha256(table_path(path)) != info.table_sha256:
-            raise UserError(f"{table_path(path)}: not the SHA-256 of index.json: {AGAIN}")
-        table = read_table(path)
-        new = np.ones(len(table), bool)
-        new[1:] = table["key"][1:] != table["key"][:-1]
-        self._table, self._starts = table, np.append(np.flatnonzero(new), len(table))
-        if len(self) != info.num_samples:
-            raise UserError(f"{path}: {len(self)} samples, index.json says {info.num_samples}")
+    def __init__(self, path: Path | str, info: ShardInfo, whole: bool = True) -> None:
+        self._path, self.info, self.whole = path, info, whole
+
+    @cached_property
+    def path(self) -> Path:
+        return Path(self._path)
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return self.info.num_samples
 
     def __reduce__(self) -> tuple[type, tuple[Path, ShardInfo, bool]]:
         return ShardReader, (self.path, self.info, self.whole)
 
+    def open(self) -> None:
+        """Does now what the first sample would wait for; a second call costs nothing."""
+        _ = self._table
+
+    @cached_property
+    def _table(self) -> tuple[np.ndarray, range | np.ndarray]:
+        """(members,) as `read_table`, and the first row of each sample and of the end."""
+        for file in (self.path, table_path(self.path)):
+            if not file.is_file():
+                raise UserError(f"{file} is missing: {AGAIN}")
+        if self.whole and self.path.stat().st_size != self.info.bytes:
+            raise UserError(f"{self.path}: not the {self.info.bytes} bytes of index.json: {AGAIN}")
+        if file_sha256(table_path(self.path)) != self.info.table_sha256:
+            raise UserError(f"{table_path(self.path)}: not the SHA-256 of index.json: {AGAIN}")
+        rows = read_table(self.path)
+        new = np.ones(len(rows), bool)
+        new[1:] = rows["key"][1:] != rows["key"][:-1]
+        starts = np.append(np.flatnonzero(new), len(rows))
+        if len(starts) - 1 != len(self):
+            raise UserError(f"{self.path}: {len(starts) - 1} samples, index.json says {len(self)}")
+        keys = rows["key"][starts[:-1]]
+        if not _plain(keys, rows["extension"]):
+            raise UserError(f"{table_path(self.path)}: no sample table: {AGAIN}")
+        check_unique(keys, f"{self.path}: {AGAIN}")
+        steps = np.unique(np.diff(starts)).tolist()
+        if len(steps) == 1:  # as usual; it takes no memory
+            return rows, range(0, len(rows) + 1, steps[0])
+        return rows, starts
+
     @property
     def keys(self) -> np.ndarray:
         """(samples,) of numpy bytes."""
-        return self._table["key"][self._starts[:-1]]
+        rows, starts = self._table
+        return rows["key"][starts[:-1]]
 
     def read(self, sample: int) -> dict[str, bytes]:
         """{extension: bytes} of a sample, in the tar's order."""
@@ -265,20 +316,24 @@ class ShardReader:
         raise UserError(f"{self.path}: sample {key} has no member {' or '.join(extensions)}")
 
     def _rows(self, sample: int) -> list[tuple[bytes, bytes, int, int, int]]:
-        return self._table[self._starts[sample] : self._starts[sample + 1]].tolist()
+        rows, starts = self._table
+        return rows[starts[sample] : starts[sample + 1]].tolist()
 
     def _read(self, rows: list[tuple[bytes, bytes, int, int, int]]) -> list[bytes]:
         found = []
         try:
-            with open(self.path, "rb", buffering=0) as file:
+            file = os.open(self.path, os.O_RDONLY)
+            try:
                 for key, extension, offset, length, crc32 in rows:
                     data = b""
                     if length <= MAX_MEMBER_BYTES and offset + length <= self.info.bytes:
-                        data = os.pread(file.fileno(), length, offset)
+                        data = os.pread(file, length, offset)
                     if len(data) != length or zlib.crc32(data) != crc32:
                         name = f"{key.decode()}.{extension.decode()}"
                         raise UserError(f"{self.path}: {name} is damaged (CRC32): {AGAIN}")
                     found.append(data)
+            finally:
+                os.close(file)
         except OSError as error:
             key = rows[0][0].decode()
             raise UserError(f"{self.path}: {key} cannot be read ({error}): {AGAIN}") from error

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.modules import module as registration
 
 from pipeline.data.shards import file_sha256, sync
 from pipeline.evaluation import model_card
@@ -410,6 +411,36 @@ def model_sha256(path: Path) -> str:
     return manifest["files"]["model.safetensors"]["sha256"]
 
 
+def _check_sizes(make_model: Callable[[], nn.Module], weights: Path) -> None:
+    """ValueError unless the model has the tensors of the file, by names and shapes; found before
+    memory is taken for them, and without building many more layers than the file has tensors."""
+    with safe_open(weights, "pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    left = 100 + 20 * len(found)
+
+    def count(module: nn.Module, name: str, part: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"config.json asks for more layers than {len(found)} tensors can fill")
+
+    hooks = [
+        registration.register_module_module_registration_hook(count),
+        registration.register_module_parameter_registration_hook(count),
+    ]
+    try:
+        with torch.device("meta"):
+            wanted = {name: tuple(t.shape) for name, t in make_model().state_dict().items()}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ValueError(
+                f"{name}: config.json asks for {wanted.get(name)}, the file has {found.get(name)}"
+            )
+
+
 def load_model(path: Path | str, kind: str | None = None) -> Any:
     """A trained model in eval mode on the CPU, from a run directory or its `final/`.
 
@@ -426,11 +457,13 @@ def load_model(path: Path | str, kind: str | None = None) -> Any:
             raise UserError(f"{directory} holds a {found}, expected a {kind or 'known model'}")
         config_type, model_type = MODELS[found]
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
-        tensors = load_file(directory / "model.safetensors")
-        model = model_type(config_type(**values))
+        config, weights = config_type(**values), directory / "model.safetensors"
+        _check_sizes(lambda: model_type(config), weights)
+        tensors = load_file(weights)
+        model = model_type(config)
         model.load_state_dict(tensors)
-    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError
-            ) as error:  # fmt: skip
+    except (ArithmeticError, AttributeError, KeyError, OSError, RuntimeError, SafetensorError,
+            TypeError, ValueError) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{directory} holds no model of this version ({reason})") from error
     return model.eval()

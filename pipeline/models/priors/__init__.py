@@ -16,8 +16,10 @@ PRIORS = {"pixelcnn": PixelCNN, "pixelsnail": PixelSNAIL, "transformer": Transfo
 
 
 def make_prior(config: PriorConfig) -> Prior:
-    """The prior of a config, with random weights; its slope found by a dependency scan."""
-    return PRIORS[config.architecture](config, _slope(_narrow(config)))
+    """The prior of a config, with random weights; its slope found by a dependency scan. On the meta
+    device, where a model has sizes only, there is no scan."""
+    sizes_only = torch.get_default_device().type == "meta"
+    return PRIORS[config.architecture](config, 1 if sizes_only else _slope(_narrow(config)))
 
 
 def _narrow(config: PriorConfig) -> PriorConfig:

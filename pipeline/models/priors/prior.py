@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.models.blocks import ResidualBlock
 from pipeline.models.priors.causal import See, whole
 
+MAX_GRID = 128  # rows and columns: what the scan for the slope takes grows with them
+
 
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
@@ -78,8 +80,10 @@ class PriorConfig:
             raise ValueError(f"model.kernel_size must be odd and >= 3, got {self.kernel_size}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must be in [0, 1), got {self.dropout}")
-        if min(self.grid) < 1:
-            raise ValueError(f"model.grid must be at least 1 x 1, got {self.grid}")
+        if not 1 <= min(self.grid) <= max(self.grid) <= MAX_GRID:
+            raise ValueError(
+                f"model.grid must be 1 x 1 to {MAX_GRID} x {MAX_GRID}, got {self.grid}"
+            )
         if self.architecture != "pixelsnail" and (self.attention_layers or self.output_layers):
             raise ValueError(
                 "model.attention_layers and model.output_layers are of architecture pixelsnail, "
