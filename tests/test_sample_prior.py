@@ -338,7 +338,7 @@ def test_user_errors_leave_nothing_behind(tree, conditions, tmp_path, monkeypatc
         ({"checkpoint": tmp_path}, "holds no trained model"),
         ({"priors": [tree / "prior-level0"]}, "needs 2 directories"),
         ({"selector": tree / "judge", **smiling}, "judge's half"),
-        ({"conditions": mine}, "sample 000000 has no member"),
+        ({"conditions": mine}, "image 000000 cannot be read: it has no member jpg or png"),
         ({"conditions": tmp_path}, "index.json is missing"),
         ({"conditions": tmp_path / "fewer"}, "does not tell Eyeglasses, which the priors were"),
         ({"conditions": tmp_path / "classless"}, "does not tell cat, which the priors were"),

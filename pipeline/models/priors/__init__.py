@@ -19,7 +19,12 @@ def make_prior(config: PriorConfig) -> Prior:
     """The prior of a config, with random weights; its slope found by a dependency scan. On the meta
     device, where a model has sizes only, there is no scan."""
     sizes_only = torch.get_default_device().type == "meta"
-    return PRIORS[config.architecture](config, 1 if sizes_only else _slope(_narrow(config)))
+    return PRIORS[config.architecture](config, 1 if sizes_only else find_slope(config))
+
+
+def find_slope(config: PriorConfig) -> int:
+    """s of the fronts t = j + s·i in which the prior of a config can be sampled."""
+    return _slope(_narrow(config))
 
 
 def _narrow(config: PriorConfig) -> PriorConfig:
