@@ -24,6 +24,7 @@ from test_image_model import tiny_prior, tiny_vqvae
 
 from pipeline.data.images import open_images
 from pipeline.models.classifier import Classifier, ClassifierConfig
+from pipeline.stage import remove_leftovers
 from pipeline.training.checkpoint import save_model
 
 SEED = int(os.environ.get("FAULT_SEED", "0"))
@@ -140,8 +141,8 @@ def ends_as_undisturbed(stage: str, tree: Path, out: Path, wanted: dict) -> None
     assert start.wait(120) == [0], start.log()
     assert result(stage, out) == wanted
     assert not debris(out)
-    # features may be those of another evaluation that is at work
-    assert not [path for path in leftovers(out) if path.suffixes[-2] != ".safetensors"]
+    # among features they may be those of another evaluation that is at work
+    assert not [path for path in leftovers(out) if "features" not in path.relative_to(out).parts]
     assert start.status()["state"] == "done"
 
 
@@ -238,3 +239,15 @@ def test_processes_that_help_a_killed_stage_end_too(tree, tmp_path, undisturbed,
 def pausing(out: Path) -> set[str]:
     """Processes with a file that they have written and not committed."""
     return {re.search(r"\.(\d+)[^\d]*$", path.name)[1] for path in leftovers(out)}
+
+
+def test_leftovers_go_when_nobody_can_be_writing_them_any_more(tmp_path):
+    names = [".a.json.12", ".b.safetensors.7", ".c.tar.5.index.npy"]
+    others = ["a.json", ".lock", ".a.json", ".notes.txt.12"]
+    for name in [*names, *others]:
+        (tmp_path / name).touch()
+    os.utime(tmp_path / names[0], (0, 0))
+    remove_leftovers(tmp_path, older_than_sec=3600)
+    assert {path.name for path in tmp_path.iterdir()} == {*names[1:], *others}
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*others}
