@@ -1,5 +1,6 @@
-"""Stages on several ranks that a test kills, stops, starves or asks to end.
+"""Stages on several ranks, which a test may kill, stop, starve or ask to end.
 
+    run_ranks("train_vqvae", flags, out, world=2)           to their end
     job = Job(shards, out, "kill:1:5")      rank 1 of a training kills itself in beginning step 5
     assert job.wait()[1] == -9
     start = Start("extract_codes", flags, out, FAILPOINT="commit@3:kill")       any stage
@@ -35,7 +36,10 @@ FLAGS = (
 )  # fmt: skip
 
 _server = multiprocessing.get_context("forkserver")
-STAGES = ("shard_data", "train_vqvae", "extract_codes", "train_prior", "sample_prior", "evaluate")
+STAGES = (
+    "shard_data", "train_vqvae", "train_vae", "train_classifier", "extract_codes", "train_prior",
+    "sample_prior", "evaluate",
+)  # fmt: skip
 _server.set_forkserver_preload([f"pipeline.{name}" for name in STAGES])
 
 
@@ -59,7 +63,7 @@ class Start:
         stage: name of its script.
         flags: its command line, with --out.
         fault: `ACTION:RANK:STEP`, see `inject`; several are separated by commas.
-        environment: of all ranks, such as FAILPOINT.
+        environment: of all ranks, such as FAILPOINT; DTYPE is torch's default one.
         launcher: one more process between this one and the ranks, as torchrun is.
     """
 
@@ -114,6 +118,25 @@ class Start:
         return json.loads((self.out / "status.json").read_text())
 
 
+def run_ranks(
+    stage: str, flags: Sequence[Any], out: Path, world: int = 1, fault: str = "", engine: str = "",
+    expected: int = 0, **environment: str,
+) -> str:  # fmt: skip
+    """Runs a stage on all ranks to their end, which has to be the expected exit code; returns what
+    they printed. The engine is `zero1` or `zero2`, else DDP."""
+    if engine:
+        config = f"{ROOT}/configs/deepspeed/{engine}.json"
+        environment |= {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": config,
+        }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    flags = [*map(str, flags), f"--out={out}"]
+    job = Start(stage, flags, out, fault, world, RANK_TIMEOUT_SEC="300", **environment)
+    assert job.wait(300) == [expected] * world, job.log()
+    return job.log()
+
+
 class Job(Start):
     """A start of the training, with FLAGS; `flags` besides."""
 
@@ -155,6 +178,7 @@ def _run_rank(rank: int, name: str, flags: tuple, environment: dict, fault: str,
     from pipeline import failpoint, stage
 
     torch.set_num_threads(1)
+    torch.set_default_dtype(getattr(torch, os.environ.get("DTYPE", "float32")))
     for one in filter(None, fault.split(",")):
         action, who, step = one.split(":")
         if int(who) == rank:
@@ -163,7 +187,8 @@ def _run_rank(rank: int, name: str, flags: tuple, environment: dict, fault: str,
         _log_samples(out.with_suffix(f".samples{rank}"))
     sys.argv = [f"{name}.py", *flags]
     module = importlib.import_module(f"pipeline.{name}")
-    config_type = getattr(module, name.title().replace("_", "").replace("Vqvae", "VQVAE"))
+    words = {"vqvae": "VQVAE", "vae": "VAE"}
+    config_type = getattr(module, "".join(words.get(w, w.title()) for w in name.split("_")))
     try:
         stage.run(config_type, module.main)
     finally:
@@ -220,7 +245,8 @@ def inject(action: str, step: int, out: Path) -> None:
 
     Actions: `kill`, `stop` (SIGSTOP), `sleep4` (seconds), `term` and `usr1` (signals to itself),
     `file` (makes STOP), `error` and `memory` (exceptions), `limit` (no more memory is given),
-    `nan` (the loss of this step), `exit` (before the ranks have met; the step is ignored).
+    `nan` (the loss of this step, of its first micro-batch), `codebook` (shifts one after this
+    step), `exit` (before the ranks have met; the step is ignored).
     """
     from pipeline.training.run import Run
 
@@ -229,7 +255,7 @@ def inject(action: str, step: int, out: Path) -> None:
         os._exit(1)
 
     def disturbed(run: Run) -> None:
-        if run.images_seen == step * BATCH:
+        if run.images_seen == step * run.config.batch_size:
             if action in ("kill", "stop", "term", "usr1"):
                 os.kill(os.getpid(), getattr(signal, f"SIG{action.upper()}"))
             elif action.startswith("sleep"):
@@ -240,6 +266,8 @@ def inject(action: str, step: int, out: Path) -> None:
                 resource.setrlimit(resource.RLIMIT_AS, (2**20, 2**20))
             elif action == "nan":
                 _spoil_next_loss()
+            elif action == "codebook":
+                _shift_next_codebook()
             else:
                 raise MemoryError if action == "memory" else ValueError("on purpose")
         start_step(run)
@@ -259,6 +287,21 @@ def _spoil_next_loss() -> None:
         return total + float("nan"), *rest
 
     train_vqvae.loss = loss
+
+
+def _shift_next_codebook() -> None:
+    """A codebook of this rank is another one after the next step."""
+    from pipeline.training.codebooks import Codebooks
+
+    original = Codebooks.commit
+
+    def commit(self, *arguments):
+        Codebooks.commit = original
+        revived = original(self, *arguments)
+        self.levels[-1][1].sums[0, 0] += 1e-3  # of the vectors themselves it would heal
+        return revived
+
+    Codebooks.commit = commit
 
 
 def _log_samples(path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import metrics, run_stage
+from faults import run_ranks
 from test_classifier import ATTRIBUTES, toy_shards
 from test_image_model import tiny_prior, tiny_vqvae
 from torch_fidelity import FeatureExtractorInceptionV3
@@ -33,7 +34,6 @@ from pipeline.training.checkpoint import model_sha256, save_model
 
 SIZE, SEEN = 32, 640
 FEW, MANY = 20, 160  # images in every set; so many that there are curves
-TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 CONDITIONAL = {
     "samples": "conditional", "selector": "selector", "train_images": 50, "accuracy_score": True,
     "classifier": AccuracyScore(channels=8, total_images=192, warmup_images=64),
@@ -223,7 +223,7 @@ def test_two_processes_give_the_report_of_one(whole, tree, tmp_path):
     for name, value in flags.items():
         words += [f"--{name}", tree / value if isinstance(value, str) else str(value)]
     out = tmp_path / "evaluation"
-    run_stage("evaluate.py", *words, "--out", out, launcher=TWO_RANKS)
+    run_ranks("evaluate", words, out, world=2)
     assert measured(report.read_report(out)) == measured(report.read_report(whole))
     assert json.loads((out / "status.json").read_text())["images_seen"] == SEEN
 

@@ -1,14 +1,11 @@
 """Distances: names, safety of the weights file, and the arithmetic against other ways to it."""
 
 import hashlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import ROOT
 from torch_fidelity import FeatureExtractorInceptionV3, calculate_metrics
 from torch_fidelity import feature_extractor_inceptionv3 as inception_module
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -346,23 +343,6 @@ def test_too_few_and_unlike_features_are_refused():
         fidelity.extrapolated_frechet(torch.ones(127, 2), torch.ones(500, 2))
     with pytest.raises(ValueError, match="widths"):
         fidelity.frechet({"layer": torch.ones(20, 3)}, {"layer": torch.ones(20, 4)})
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-def test_statistics_of_20_000_wide_features_need_less_than_2_gb():
-    script = """if True:
-        import pathlib, torch
-        from pipeline.evaluation.fidelity import _statistics
-        found = _statistics(torch.rand(20_000, 2048))
-        assert abs(found["mu"] - 1 / 2).max() < 0.02
-        assert abs(found["sigma"].diagonal() - 1 / 12).max() < 0.01
-        # of this program alone: getrusage counts in the one that started it
-        print(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert 0.5e9 < int(done.stdout) * 1024 < 2e9
 
 
 def test_judge_path_against_an_independent_computation(judge):

@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, metrics, run_stage
+from faults import run_ranks
 from PIL import Image
 
-from pipeline import stage
+from pipeline import run_all, stage
 from pipeline.data.codes import open_codes
 from pipeline.data.images import open_images
 from pipeline.data.index import read_index
@@ -22,8 +23,6 @@ from pipeline.sample_prior import main as sample_prior
 from pipeline.train_prior import TrainPrior
 from pipeline.train_prior import main as train_prior
 from pipeline.training.checkpoint import load_model, model_sha256, read_about
-
-TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +79,16 @@ def test_codes_are_those_of_the_model_for_both_views(run):
 
 
 def test_two_ranks_extract_the_same_bytes_and_restart(run, tmp_path):
-    flags = ["extract_codes.py", "--data", run / "shards", "--checkpoint", run / "vqvae",
-             "--flip=true", f"--out={tmp_path}"]  # fmt: skip
-    run_stage(*flags, launcher=TWO_RANKS)
+    flags = [f"--data={run / 'shards'}", f"--checkpoint={run / 'vqvae'}", "--flip=true"]
+    out = tmp_path / "codes"
+    run_ranks("extract_codes", flags, out, world=2)
     index = (run / "codes" / "index.json").read_bytes()
-    assert (tmp_path / "index.json").read_bytes() == index
-    shard = next(tmp_path.glob("train-*.tar"))
-    (tmp_path / "index.json").unlink()
+    assert (out / "index.json").read_bytes() == index
+    shard = next(out.glob("train-*.tar"))
+    (out / "index.json").unlink()
     shard.write_bytes(b"torn")
-    run_stage(*flags)
-    assert (tmp_path / "index.json").read_bytes() == index
+    run_ranks("extract_codes", flags, out)
+    assert (out / "index.json").read_bytes() == index
     assert shard.read_bytes() == (run / "codes" / shard.name).read_bytes()
 
 
@@ -105,8 +104,8 @@ def test_samples_do_not_depend_on_the_batch_or_the_ranks(run, tmp_path):
     for size in (6, 4):
         sample_prior(config(run, tmp_path / str(size), batch_size=size))
     assert np.array_equal(pixels(tmp_path / "6"), pixels(tmp_path / "4"))
-    run_stage("sample_prior.py", "--checkpoint", run / "vqvae", "--num_images=6", "--columns=3",
-              "--out", tmp_path / "ranks", launcher=TWO_RANKS)  # fmt: skip
+    flags = [f"--checkpoint={run / 'vqvae'}", "--num_images=6", "--columns=3"]
+    run_ranks("sample_prior", flags, tmp_path / "ranks", world=2)
     assert np.array_equal(pixels(tmp_path / "6"), pixels(tmp_path / "ranks"))
     sample_prior(config(run, tmp_path / "other", seed=1))
     assert not np.array_equal(pixels(tmp_path / "6"), pixels(tmp_path / "other"))
@@ -171,11 +170,10 @@ def test_a_resumed_prior_equals_an_uninterrupted_one(run, tmp_path):
 
 
 def test_two_ranks_train_a_prior_on_the_same_batches(run, tmp_path):
-    flags = ["train_prior.py", f"--config={ROOT}/configs/debug/train_prior_level0.yaml",
-             f"--codes={run}/codes", "--total_images=32", "--log_every=16",
-             "--model.dropout=0"]  # fmt: skip
-    run_stage(*flags, "--out", tmp_path / "one")
-    run_stage(*flags, "--out", tmp_path / "two", launcher=TWO_RANKS)
+    flags = [f"--config={ROOT}/configs/debug/train_prior_level0.yaml", f"--codes={run}/codes",
+             "--total_images=32", "--log_every=16", "--model.dropout=0"]  # fmt: skip
+    for name, world in (("one", 1), ("two", 2)):
+        run_ranks("train_prior", flags, tmp_path / name, world)
     one, two = ([line for line in metrics(tmp_path / name) if "gradient/norm" in line]
                 for name in ("one", "two"))  # fmt: skip
     for tag in ("prior/train_nats_per_code", "gradient/norm"):
@@ -212,9 +210,11 @@ def test_the_codes_of_every_quantizer_go_through_every_stage(quantizers, tmp_pat
             values["model"]["quantizer"] = quantizers
         path.write_text(yaml.safe_dump(values))
     out = tmp_path / "run"
-    run_stage("run_all.py", f"--configs={configs}", f"--out={out}")
+    for step in run_all.steps(run_all.RunAll(configs=configs, out=out)):
+        arguments = run_all.arguments_of(step, configs / f"{step.config}.yaml")
+        run_ranks(step.script, arguments, step.out)
     assert read_about(out / "vqvae")["model"]["quantizer"] == quantizers
-    assert (out / "samples.png").is_file() and (out / "report.md").is_file()
+    assert (out / "samples/samples.png").is_file() and (out / "evaluation/report.md").is_file()
     model, codes = load_model(out / "vqvae"), open_codes(out / "codes", "valid")
     images = open_images(out / "shards", "valid", 32)
     with torch.no_grad():

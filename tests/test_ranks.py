@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, metrics
-from ranks import run_training
+from faults import run_ranks
 from safetensors.torch import load_file
 
 from pipeline.data.images import open_images
@@ -38,8 +38,11 @@ VARIANTS = {
 }
 
 
-def train(shards, out, world_size=1, *flags, **options):
-    run_training(world_size, *FLAGS, "--data", shards, "--out", out, *flags, **options)
+def train(shards, out, world_size=1, *flags, dtype="float32", precision="no", **options):
+    run_ranks(
+        "train_vqvae", (*FLAGS, f"--data={shards}", *flags), out, world_size,
+        DTYPE=dtype, ACCELERATE_MIXED_PRECISION=precision, **options,
+    )  # fmt: skip
     return out
 
 
@@ -167,12 +170,10 @@ def test_after_a_skipped_step_training_goes_on_and_the_schedule_stood_still(face
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run(face_shards, tmp_path):
-    steps = ":".join(str(step) for step in range(4, 40))
-    results = run_training(
-        2, *FLAGS, "--data", face_shards, "--out", tmp_path, "--save_every=8",
-        "--max_skipped_steps=3", fault=f"nan:1:{steps}", check=False,
+    train(
+        face_shards, tmp_path, 2, "--save_every=8", "--max_skipped_steps=3",
+        fault=",".join(f"nan:1:{step}" for step in range(4, 40)), expected=2,
     )  # fmt: skip
-    assert [result.returncode for result in results] == [2, 2]
     status = json.loads((tmp_path / "status.json").read_text())
     assert "not finite in 3 steps in a row" in status["reason"]
     for tensor in tensors(tmp_path).values():
@@ -185,11 +186,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(face_shards, tmp_path):
 
 
 def test_codebooks_that_differ_stop_the_run(face_shards, tmp_path):
-    results = run_training(
-        2, *FLAGS, "--data", face_shards, "--out", tmp_path, "--compare_every=16",
-        fault="codebook:1", check=False,
-    )  # fmt: skip
-    assert [result.returncode for result in results] == [1, 1]
+    train(face_shards, tmp_path, 2, "--compare_every=16", fault="codebook:1:2", expected=1)
     reason = json.loads((tmp_path / "status.json").read_text())["reason"]
     assert "the codebook of level 1 on rank 0 or 1 differs" in reason
 
@@ -217,7 +214,7 @@ def test_zero_skips_and_resumes_as_ddp_does(face_shards, tmp_path):
     runs = {}
     for engines in (("", ""), ("zero1", "zero2"), ("zero2", "")):
         out = tmp_path / "-".join(engines)
-        train(face_shards, out, 2, *flags, "--total_images=40", engine=engines[0], fault="nan:1:4")
+        train(face_shards, out, 2, *flags, "--total_images=40", engine=engines[0], fault="nan:1:2")
         train(face_shards, out, 2, *flags, engine=engines[1])
         runs[engines] = lines(out)
         state = json.loads((out / "checkpoints/images-000000080/state.json").read_text())

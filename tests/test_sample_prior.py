@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_stage
+from faults import run_ranks
 from PIL import Image
 from test_image_model import ATTRIBUTES, save_run
 
@@ -27,7 +27,6 @@ from pipeline.training.checkpoint import load_model as load_one
 from pipeline.training.checkpoint import save_model
 
 SIZE = 32
-TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 @pytest.fixture(scope="module")
@@ -191,11 +190,9 @@ def test_rejection_keeps_those_that_the_selector_ranks_first(tree, tmp_path):
     accepted = [level[best] for level in levels(tmp_path / "all")]
     assert all(map(np.array_equal, levels(tmp_path / "one"), accepted))
 
-    flags = [f"--{name}={value}" for name, value in rejecting.items()]
-    run_stage(
-        "sample_prior.py", "--checkpoint", tree / "vqvae", "--num_images=6", "--columns=3", *flags,
-        "--out", tmp_path / "two", launcher=TWO_RANKS,
-    )  # fmt: skip
+    flags = [f"--checkpoint={tree / 'vqvae'}", "--num_images=6", "--columns=3"]
+    flags += [f"--{name}={value}" for name, value in rejecting.items()]
+    run_ranks("sample_prior", flags, tmp_path / "two", world=2)
     for file in ("shards/index.json", *(f"images/{name}" for name in names(tmp_path / "one"))):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     parts = [np.load(path)["numbers"] for path in (tmp_path / "two" / "drawn").glob("*.npz")]

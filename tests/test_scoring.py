@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics, run_stage
+from conftest import ROOT, metrics
+from faults import run_ranks
 from test_train_prior import encoded
-from test_training import TWO_RANKS, assert_same_tensors
+from test_training import assert_same_tensors
 
 from pipeline import stage, train_prior, train_vae, train_vqvae
 from pipeline.data.codes import open_codes
@@ -177,18 +178,17 @@ def test_scoring_a_prior_changes_nothing(tree, tmp_path, monkeypatch):
 
 def test_two_ranks_score_what_one_would(tree, valid, tmp_path):
     """The last scores are of the model that is saved."""
-    run_stage(
-        "train_vqvae.py", f"--config={ROOT}/configs/debug/train_vqvae.yaml", "--data",
-        tree / "shards", "--out", tmp_path, "--judge", tree / "judge", "--score_every=16",
-        "--score_images=16", "--total_images=16", launcher=TWO_RANKS,
-    )  # fmt: skip
+    flags = [f"--config={ROOT}/configs/debug/train_vqvae.yaml", f"--data={tree / 'shards'}",
+             f"--judge={tree / 'judge'}", "--score_every=16", "--score_images=16",
+             "--total_images=16"]  # fmt: skip
+    run_ranks("train_vqvae", flags, tmp_path / "two", world=2)
     judge = extractors.judge_extractor(tree / "judge", CPU)
-    run, model = a_run(tmp_path / "alone"), load_model(tmp_path, "vqvae")
+    run, model = a_run(tmp_path / "alone"), load_model(tmp_path / "two", "vqvae")
     scorer = Scorer(valid, 16, 32, judge, ranked())
     make = train_vqvae.reconstructions(model, valid, scorer.numbers, CPU)
     scorer.score(run, {"reconstructions": make})
     run.tracker.close()
-    (alone,), two = metrics(tmp_path / "alone"), metrics(tmp_path)[-1]
+    (alone,), two = metrics(tmp_path / "alone"), metrics(tmp_path / "two")[-1]
     assert alone.keys() == two.keys()
     for metric in ("frechet", "kid"):
         tag = f"evaluation/reconstructions/{metric}/judge"

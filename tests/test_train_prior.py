@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics, run_stage
+from conftest import metrics
+from faults import run_ranks
 from safetensors.torch import load_file
-from test_training import TWO_RANKS
 
 from pipeline import stage, train_prior
 from pipeline.data.codes import open_codes
@@ -354,12 +354,8 @@ def test_zero_trains_a_checkpointed_pixelsnail_as_ddp_does(codes, tmp_path):
              "--model.channels=8", "--model.layers=2", "--model.attention_layers=1",
              "--model.attention_channels=8", "--model.heads=2", "--model.output_layers=1",
              "--checkpoint_activations=true", "--warmup_images=0"]  # fmt: skip
-    zero2 = {
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "configs/deepspeed/zero2.json"),
-    }
-    run_stage("train_prior.py", *flags, "--out", tmp_path / "ddp", launcher=TWO_RANKS)
-    run_stage("train_prior.py", *flags, "--out", tmp_path / "zero", launcher=TWO_RANKS, **zero2)
+    run_ranks("train_prior", flags, tmp_path / "ddp", world=2)
+    run_ranks("train_prior", flags, tmp_path / "zero", world=2, engine="zero2")
     ddp, zero = metrics(tmp_path / "ddp"), metrics(tmp_path / "zero")
     tags = ("prior/train_nats_per_code", "gradient/norm", "prior/validation_nats_per_code")
     assert set(tags) < {tag for line in ddp for tag in line}

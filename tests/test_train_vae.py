@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, metrics, run_stage
+from conftest import ROOT, metrics
+from faults import run_ranks
 from safetensors import safe_open
-from test_training import TWO_RANKS, assert_same_tensors
+from test_training import assert_same_tensors
 
 from pipeline import stage
 from pipeline.data.binarize import binarize
@@ -84,11 +85,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(face_shards, tmp_path):
 
 def test_two_ranks_equal_one_where_there_is_no_noise(digit_shards, tmp_path):
     """An AE of binarized images: batches, their pixels and gradients do not depend on the ranks."""
-    flags = [f"--config={ROOT}/configs/debug/train_vae.yaml", "--data", digit_shards, *SHORT,
+    flags = [f"--config={ROOT}/configs/debug/train_vae.yaml", f"--data={digit_shards}", *SHORT,
              "--binarize", "true", "--model.posterior", "delta", "--model.channels=4",
              "--log_every=16"]  # fmt: skip
-    run_stage("train_vae.py", *flags, "--out", tmp_path / "one")
-    run_stage("train_vae.py", *flags, "--out", tmp_path / "two", launcher=TWO_RANKS)
+    for name, world in (("one", 1), ("two", 2)):
+        run_ranks("train_vae", flags, tmp_path / name, world)
     first, second = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     for one, two in zip(first, second, strict=True):
         for tag in ("vae/reconstruction", "validation/mse", "validation/active_units"):
@@ -99,16 +100,11 @@ def test_two_ranks_equal_one_where_there_is_no_noise(digit_shards, tmp_path):
 
 def test_zero_trains_an_iwae_as_ddp_does(face_shards, tmp_path):
     """Two ranks, the doubly reparameterised gradient: it takes a gradient within the forward."""
-    flags = [f"--config={ROOT}/configs/debug/train_vae.yaml", "--data", face_shards, *SHORT,
+    flags = [f"--config={ROOT}/configs/debug/train_vae.yaml", f"--data={face_shards}", *SHORT,
              "--objective.name=iwae", "--objective.num_samples=3", "--model.channels=4",
              "--objective.encoder_gradient=dreg", "--log_every=16"]  # fmt: skip
-    engine = ROOT / "configs/deepspeed/zero2.json"
-    zero2 = {
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(engine),
-    }
-    run_stage("train_vae.py", *flags, "--out", tmp_path / "ddp", launcher=TWO_RANKS)
-    run_stage("train_vae.py", *flags, "--out", tmp_path / "zero", launcher=TWO_RANKS, **zero2)
+    run_ranks("train_vae", flags, tmp_path / "ddp", world=2)
+    run_ranks("train_vae", flags, tmp_path / "zero", world=2, engine="zero2")
     for one, two in zip(metrics(tmp_path / "ddp"), metrics(tmp_path / "zero"), strict=True):
         for tag in ("vae/loss", "vae/negative_elbo", "gradient/norm", "validation/negative_elbo"):
             assert one.get(tag, 0) == pytest.approx(two.get(tag, 0), rel=1e-5)

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, metrics, run_stage
+from faults import run_ranks
 from safetensors.torch import load_file
 
 from pipeline import stage
@@ -97,14 +98,14 @@ def test_two_ranks_equal_one(face_shards, tmp_path):
 
 def test_two_ranks_resume_as_if_uninterrupted(face_shards, tmp_path):
     flags = [
-        f"--config={ROOT}/configs/debug/train_vqvae.yaml", "--data", face_shards,
+        f"--config={ROOT}/configs/debug/train_vqvae.yaml", f"--data={face_shards}",
         "--total_images=64", "--save_every=32", "--log_every=32",
     ]  # fmt: skip
     for run in ("whole", "part"):
-        run_stage("train_vqvae.py", *flags, "--out", tmp_path / run, launcher=TWO_RANKS)
+        run_ranks("train_vqvae", flags, tmp_path / run, world=2)
     for file in (tmp_path / "part" / "checkpoints" / "images-000000064").iterdir():
         file.unlink()
-    run_stage("train_vqvae.py", *flags, "--out", tmp_path / "part", launcher=TWO_RANKS)
+    run_ranks("train_vqvae", flags, tmp_path / "part", world=2)
     assert_same_tensors(tmp_path / "whole" / "final", tmp_path / "part" / "final")
 
 
@@ -174,12 +175,10 @@ def run_stage_as_module(flags, cwd):
 
 
 def test_dry_run_prints_costs_and_writes_nothing(face_shards, tmp_path):
-    result = run_stage(
-        "train_vqvae.py", f"--config={ROOT}/configs/debug/train_vqvae.yaml", "--data", face_shards,
-        "--out", tmp_path / "out", "--dry-run",
-    )  # fmt: skip
+    flags = [f"--config={ROOT}/configs/debug/train_vqvae.yaml", f"--data={face_shards}"]
+    printed = run_ranks("train_vqvae", [*flags, "--dry-run"], tmp_path / "out")
     for word in ("parameters", "memory", "disk", "images/s", "time to the end"):
-        assert word in result.stdout
+        assert word in printed
     assert not (tmp_path / "out").exists()
 
 

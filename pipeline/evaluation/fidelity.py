@@ -138,9 +138,10 @@ def check(**sets: torch.Tensor) -> None:
 def _statistics(features: torch.Tensor) -> dict[str, np.ndarray]:
     """Mean (F,) and covariance (F, F) float64, as torch-fidelity keeps them. In blocks: its own
     makes three float64 copies of the features, and means in float32 where they are float32."""
-    mean = features.mean(0, dtype=torch.float64)
+    blocks = features.split(BLOCK)
+    mean = torch.stack([block.double().sum(0) for block in blocks]).sum(0) / len(features)
     scatter = np.zeros((features.shape[1], features.shape[1]))
-    for block in features.split(BLOCK):
+    for block in blocks:
         centred = (block - mean).numpy()
         scatter += centred.T @ centred
     return {"mu": mean.numpy(), "sigma": scatter / (len(features) - 1)}
