@@ -374,6 +374,7 @@ class Evaluation:
                 "held-out real": "the reference images; duplicates: the half that set no threshold",
             },
             "config": stage.to_dict(config),
+            "threads": torch.get_num_threads(),
             **stage.provenance(),
         }
 
@@ -414,6 +415,7 @@ def verify(request: Verify) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise stage.UserError("verify runs in one process; call it with python")
     old = report.read_report(request.report)
+    torch.set_num_threads(old["protocol"]["threads"])
     with tempfile.TemporaryDirectory() as directory:
         yaml = Path(directory) / "config.yaml"  # JSON is YAML
         out = Path(directory) / "evaluation"  # beside it features/, which start empty

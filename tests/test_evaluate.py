@@ -411,11 +411,14 @@ def test_verify_measures_again_and_names_what_has_changed(tree, tmp_path, capsys
     assert f"all {len(found['figures'])} figures came out again" in result.stdout
 
     changed = json.loads(json.dumps(found))
+    assert changed["protocol"]["threads"] == 1
+    torch.set_num_threads(2)  # taken back by verify: a classifier learns otherwise by it
     changed["figures"][3]["value"] += 0.01
     stage.write_json(out / "report.json", changed)
     with pytest.raises(stage.UserError, match=r"1 of .* others now") as refusal:
         evaluate.verify(evaluate.Verify(report=out))
     assert found["figures"][3]["tag"] in str(refusal.value) and "\n" not in str(refusal.value)
+    assert torch.get_num_threads() == 1
     evaluate.verify(evaluate.Verify(report=out / "report.json", relative_tolerance=1e9))
 
     stage.write_json(out / "report.json", found)

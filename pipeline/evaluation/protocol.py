@@ -38,6 +38,7 @@ MAY_DIFFER = {  # key -> why it decides nothing
     "commit": "the code's history; what a figure is made by is in the other keys",
     "versions": "of the libraries",
     "hardware": "rounding at most",
+    "threads": "rounding, by which a classifier learns otherwise; `verify` takes as many",
     "date": "nothing",
 }
 PROTOCOL_KEYS = MUST_AGREE.keys() | MAY_DIFFER.keys()
