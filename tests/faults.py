@@ -118,18 +118,19 @@ class Start:
         return json.loads((self.out / "status.json").read_text())
 
 
+def deepspeed(engine: str) -> dict[str, str]:
+    """The environment in which a start uses `zero1` or `zero2`."""
+    config = f"{ROOT}/configs/deepspeed/{engine}.json"
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": config}
+
+
 def run_ranks(
     stage: str, flags: Sequence[Any], out: Path, world: int = 1, fault: str = "", engine: str = "",
     expected: int = 0, **environment: str,
 ) -> str:  # fmt: skip
     """Runs a stage on all ranks to their end, which has to be the expected exit code; returns what
     they printed. The engine is `zero1` or `zero2`, else DDP."""
-    if engine:
-        config = f"{ROOT}/configs/deepspeed/{engine}.json"
-        environment |= {
-            "ACCELERATE_USE_DEEPSPEED": "true",
-            "ACCELERATE_DEEPSPEED_CONFIG_FILE": config,
-        }
+    environment |= deepspeed(engine) if engine else {}
     out.parent.mkdir(parents=True, exist_ok=True)
     flags = [*map(str, flags), f"--out={out}"]
     job = Start(stage, flags, out, fault, world, RANK_TIMEOUT_SEC="300", **environment)
@@ -298,7 +299,7 @@ def _shift_next_codebook() -> None:
     def commit(self, *arguments):
         Codebooks.commit = original
         revived = original(self, *arguments)
-        self.levels[-1][1].sums[0, 0] += 1e-3  # of the vectors themselves it would heal
+        self.levels[-1][1].sums[0, 0] += 1e-3  # a codebook that is shifted alone would heal
         return revived
 
     Codebooks.commit = commit

@@ -14,7 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from faults import (
     SAVE,
     STEPS,
@@ -23,6 +22,7 @@ from faults import (
     assert_samples_as_planned,
     consumption,
     debris,
+    deepspeed,
     state,
 )
 
@@ -166,8 +166,7 @@ def test_a_signal_to_any_rank_has_all_of_them_save_one_step_and_ask_to_be_requeu
 @pytest.mark.faults
 def test_under_zero_2_a_signal_to_one_rank_does_the_same(face_shards, tmp_path, undisturbed):
     pytest.importorskip("deepspeed")
-    file = ROOT / "configs/deepspeed/zero2.json"
-    zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    zero = deepspeed("zero2")
     whole, out = tmp_path / "whole", tmp_path / "run"
     job = Job(face_shards, whole, **zero)
     assert job.wait(180) == [0, 0], job.log()
