@@ -76,8 +76,11 @@ def model(tree) -> ImageModel:
     return loaded
 
 
-def test_the_ten_lines_of_the_docstring_run_as_they_stand(tree):
+def test_the_ten_lines_of_the_docstring_and_the_readme_run_as_they_stand(tree):
     program = textwrap.dedent(re.findall(r"\n\n((?: {4}.*\n|\n)+)", image_model.__doc__)[0]).strip()
+    assert re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) == [
+        f"{program}\n"
+    ]
     assert len(program.splitlines()) <= 10 + 1  # with an empty one
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=tree.parents[1], capture_output=True, text=True,

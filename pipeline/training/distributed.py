@@ -1,6 +1,7 @@
 """Processes and devices: one Accelerator, made in one place."""
 
 import os
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +30,8 @@ def make_accelerator(accumulation: int = 1, timeout_sec: float | None = None) ->
     ]
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise UserError("mixed precision fp16 is not supported, use bf16: --mixed_precision bf16")
+    if cpu:
+        warn_of_emulated_bf16()
     zero_plugin = zero.make_plugin() if zero.is_requested() else None
     seconds = timeout_sec or rank_timeout_sec() + MARGIN_SEC
     if zero_plugin or int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -45,6 +48,19 @@ def make_accelerator(accumulation: int = 1, timeout_sec: float | None = None) ->
         raise RuntimeError(
             f"not all processes came within {seconds:g} s (see RANK_TIMEOUT_SEC): {error}"
         ) from error
+
+
+def warn_of_emulated_bf16() -> None:
+    """A line from the first process if bf16 is asked of an x86 CPU without AVX-512: convolutions
+    take some 15 times as long there as in fp32 (docs/experiments.md)."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if asked and instructions in ("NO AVX", "AVX2") and os.environ.get("RANK", "0") == "0":
+        print(
+            f"warning: bf16 is emulated on this CPU ({instructions}) and many times slower than "
+            "fp32: --mixed_precision no, or unset ACCELERATE_MIXED_PRECISION",
+            file=sys.stderr,
+        )
 
 
 def check_global_batch(batch_size: int, world_size: int, accumulation: int = 1) -> None:
