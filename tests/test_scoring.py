@@ -1,6 +1,8 @@
 """Scores during training: what they are, that they change nothing, who computes them."""
 
 import dataclasses
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -262,7 +264,7 @@ def test_a_judge_of_other_images_no_features_and_too_few_images_are_told_at_once
     save_model(tmp_path / "judge", "classifier", load_model(tree / "judge"), {"recipe": "another"})
     with pytest.raises(UserError, match="another recipe"):
         scoring.find_extractor(tmp_path / "judge", valid.recipe.hash, CPU)
-    monkeypatch.setattr(scoring, "find_inception_weights", lambda path: None)
+    monkeypatch.setattr(extractors, "find_inception_weights", lambda path: None)
     assert scoring.find_extractor(None, valid.recipe.hash, CPU) is None
     judge = extractors.judge_extractor(tree / "judge", CPU)
     for few, world in ((15, 1), (16, 17)):
@@ -277,3 +279,14 @@ def test_impossible_cadences_and_counts_are_named(config_type, tmp_path):
     for changes, name in (({"score_every": -1}, "score_every"), ({"score_images": 15}, "score_im")):
         with pytest.raises(ValueError, match=name):
             config_type(**places, **changes)
+
+
+def test_training_and_sampling_start_without_what_only_scores_need():
+    program = (
+        "import sys, pipeline.train_vqvae, pipeline.train_prior, pipeline.sample_prior\n"
+        "print({'torch_fidelity', 'torchvision', 'scipy.stats', 'matplotlib'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == (
+        "set()\n"
+    )

@@ -23,10 +23,10 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from pipeline.evaluation.extractors import Extractor
+from pipeline.evaluation.sets import MIN_IMAGES
 from pipeline.stage import UserError
 from pipeline.training.tracking import progress_bar
 
-MIN_IMAGES = 16  # fewer make no subset, no neighbourhood and no score
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 SHORT_NAMES = ("frechet", "kid", "precision", "recall", "inception_score")  # of samples, in tags
 NEIGHBOURHOOD = 3  # nearest neighbours of precision and recall (Kynkäänniemi et al. 2019)

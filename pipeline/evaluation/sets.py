@@ -36,6 +36,7 @@ from pipeline.stage import UserError, num_cpus
 from pipeline.training import checkpoint
 
 BATCH_SIZE = 50
+MIN_IMAGES = 16  # of a set that is scored: fewer make no subset and no neighbourhood
 SUFFIXES = (".png", ".jpg", ".jpeg")
 GREY_MODES = ("L", "LA", "1")  # of Pillow
 # what samples.json tells of the making, not of the images

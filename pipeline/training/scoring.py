@@ -7,31 +7,29 @@
 
 Each rank makes and looks at its part of the images. What is random in it is keyed, so training goes
 on as if nothing had been; the pause is reported and no part of the throughput.
+
+What the scores need takes seconds to import, so it is imported where there are scores.
 """
 
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
 from pipeline.data.images import ImageSet
-from pipeline.evaluation import fidelity, pictures
-from pipeline.evaluation.extractors import (
-    PUBLISHED_FILE,
-    Extractor,
-    find_inception_weights,
-    inception_extractor,
-    judge_extractor,
-)
-from pipeline.evaluation.sets import choose
+from pipeline.evaluation import pictures
+from pipeline.evaluation.sets import MIN_IMAGES, choose
 from pipeline.stage import UserError
 from pipeline.training.checkpoint import read_about
 from pipeline.training.collectives import all_reduce_sum, rank_slice
 from pipeline.training.run import Due, Run
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.extractors import Extractor
 
 BATCH_SIZE = 50
 SHOWN = 32  # images in a grid
@@ -45,21 +43,21 @@ def check_config(config: Any) -> None:
     """ValueError for a score_every or score_images that cannot be."""
     if config.score_every < 0:
         raise ValueError(f"score_every must be at least 0, got {config.score_every}")
-    if config.score_images < fidelity.MIN_IMAGES:
-        raise ValueError(
-            f"score_images must be at least {fidelity.MIN_IMAGES}, got {config.score_images}"
-        )
+    if config.score_images < MIN_IMAGES:
+        raise ValueError(f"score_images must be at least {MIN_IMAGES}, got {config.score_images}")
 
 
-def find_extractor(judge: Path | None, recipe: str, device: torch.device) -> Extractor | None:
+def find_extractor(judge: Path | None, recipe: str, device: torch.device) -> "Extractor | None":
     """The judge's features, or without a judge Inception's; None where there is neither."""
+    from pipeline.evaluation import extractors
+
     if judge:
         if read_about(judge)["recipe"] != recipe:
             raise UserError(f"--judge {judge} was trained on images of another recipe; train one "
                             "on these shards at this size")  # fmt: skip
-        return judge_extractor(judge, device)
-    if weights := find_inception_weights(None):
-        return inception_extractor(weights, device)
+        return extractors.judge_extractor(judge, device)
+    if weights := extractors.find_inception_weights(None):
+        return extractors.inception_extractor(weights, device)
     return None
 
 
@@ -69,6 +67,8 @@ def make_scorer(config: Any, real: ImageSet, accelerator: Accelerator) -> "Score
     line that says so, where there are no features to score on."""
     extractor = find_extractor(config.judge, real.recipe.hash, accelerator.device)
     if extractor is None:
+        from pipeline.evaluation.extractors import PUBLISHED_FILE
+
         accelerator.print(
             "no scores during training: give --judge PATH (train_classifier.py), or put "
             f"{PUBLISHED_FILE} where torch.hub keeps it"
@@ -86,11 +86,16 @@ class Scorer:
     """
 
     def __init__(
-        self, real: ImageSet, count: int, every: int, extractor: Extractor, accelerator: Accelerator
+        self,
+        real: ImageSet,
+        count: int,
+        every: int,
+        extractor: "Extractor",
+        accelerator: Accelerator,
     ):
         self.every, self.extractor, self.accelerator = every, extractor, accelerator
         count = min(count, len(real))
-        if count < max(fidelity.MIN_IMAGES, accelerator.num_processes):
+        if count < max(MIN_IMAGES, accelerator.num_processes):
             raise UserError(f"{count} validation images are too few to score; leave --score_every "
                             "out, or shard more")  # fmt: skip
         self.numbers = choose(count, np.arange(len(real)), SEED)  # of the images in `real`
@@ -114,6 +119,8 @@ class Scorer:
         Args:
             sets: by the names that `fidelity.tag` knows: samples, reconstructions, or another.
         """
+        from pipeline.evaluation import fidelity
+
         start, values, seen = time.perf_counter(), {}, run.images_seen
         for name, make in sets.items():
             found, shown = self._look(make)
