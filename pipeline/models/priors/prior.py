@@ -150,7 +150,8 @@ class Prior(nn.Module, ABC):
         self.classes = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
         self.attributes = nn.Linear(config.num_attributes, width) if config.num_attributes else None
         if self.attributes is not None:
-            nn.init.normal_(self.attributes.weight)  # as loud as an embedding, or it learns slowly
+            # together as loud as an embedding: quieter they are not heard, louder they drown it
+            nn.init.normal_(self.attributes.weight, std=config.num_attributes**-0.5)
 
     @abstractmethod
     def body(self, x: torch.Tensor | None, condition: torch.Tensor, see: See) -> torch.Tensor:
