@@ -586,6 +586,15 @@ def test_dropout_acts_in_training_alone(kind):
     assert model(codes) != model(codes)
 
 
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_attributes_are_together_as_loud_as_a_code_at_first(count):
+    model = make_prior(small("pixelcnn", channels=256, num_attributes=count))
+    assert model.attributes is not None
+    with torch.no_grad():
+        heard = model.attributes(torch.randint(2, (400, count)) * 2.0 - 1) - model.attributes.bias
+    assert 0.8 < float(heard.std() / model.embed.weight.std()) < 1.25
+
+
 def test_building_a_prior_leaves_the_random_numbers_alone():
     """The scan of a twin draws numbers of its own."""
     config = small("pixelcnn", kernel_size=5, grid=(4, 11))
