@@ -116,7 +116,7 @@ def test_published_inception_is_found_where_torch_hub_keeps_it(
     assert not any("\n" in line for line in absent)
 
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / extractors.PUBLISHED_FILE).symlink_to(path)
+    (tmp_path / "checkpoints" / extractors.URL_INCEPTION_V3.rpartition("/")[2]).symlink_to(path)
     monkeypatch.setitem(extractors.INCEPTION.published, sha256, "inception")
     found, absent = extractors.find_extractors(None, None, None, CPU)
     assert [(extractor.name, extractor.sha256) for extractor in found] == [("inception", sha256)]

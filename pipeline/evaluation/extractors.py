@@ -103,7 +103,6 @@ VGG16 = Network(
     VGG16_Weights.IMAGENET1K_V1.url,
     {"397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0": "vgg16"},
 )
-PUBLISHED_FILE = URL_INCEPTION_V3.rpartition("/")[2]
 
 
 @dataclass(frozen=True)

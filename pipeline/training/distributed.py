@@ -10,7 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from pipeline.stage import UserError
+from pipeline.stage import UserError, is_rank_zero
 from pipeline.training import zero
 from pipeline.training.control import MARGIN_SEC, rank_timeout_sec
 
@@ -55,7 +55,7 @@ def warn_of_emulated_bf16() -> None:
     take some 15 times as long there as in fp32 (docs/experiments.md)."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     instructions = torch.backends.cpu.get_cpu_capability()
-    if asked and instructions in ("NO AVX", "AVX2") and os.environ.get("RANK", "0") == "0":
+    if asked and instructions in ("NO AVX", "AVX2") and is_rank_zero():
         print(
             f"warning: bf16 is emulated on this CPU ({instructions}) and many times slower than "
             "fp32: --mixed_precision no, or unset ACCELERATE_MIXED_PRECISION",

@@ -67,11 +67,9 @@ def make_scorer(config: Any, real: ImageSet, accelerator: Accelerator) -> "Score
     line that says so, where there are no features to score on."""
     extractor = find_extractor(config.judge, real.recipe.hash, accelerator.device)
     if extractor is None:
-        from pipeline.evaluation.extractors import PUBLISHED_FILE
-
         accelerator.print(
-            "no scores during training: give --judge PATH (train_classifier.py), or put "
-            f"{PUBLISHED_FILE} where torch.hub keeps it"
+            "no scores during training: give --judge PATH (train_classifier.py), or "
+            "fetch the weights of Inception (evaluate.py --download true)"
         )
         return None
     return Scorer(real, config.score_images, config.score_every, extractor, accelerator)
