@@ -10,7 +10,8 @@
     overfitting  nats per code of the priors of configs/celeba64 with one thing left out: dropout,
                  flips, the attributes (the coarser codes stay)
     order        kinds of prior of as many parameters (within 2 %), and their orders: nats, speed of
-                 training, images/s of that level alone where caches can sample it
+                 training, images/s of that level alone where caches can sample it, and, where both
+                 levels are asked for, the Fréchet distance of samples
     temperature  Fréchet distance of samples on the judge's features, as a table and a chart
     attributes   accuracy, by the judge, of samples asked for an attribute
 
@@ -18,7 +19,10 @@ The first two train on <run>/codes with pipeline/train_prior.py; runs are kept i
 may share. `train` is of as many training images as the validation split has, `gap` validation minus
 train, at the best validation (`best_at` images); `end_` is at the end of the run. The others draw
 --num_samples images a set from --priors, those of the run tree if not given, and keep figures and a
-picture of each set in --out; temperature also the images (.npy), for other tools.
+picture of each set in --out; those with Fréchet distances also the images (.npy), for other tools.
+
+Samples for Fréchet distances are asked for the attributes of training images, in the proportions of
+the data as is usual for conditional models, or for nothing with `--asked nothing`.
 
 temperature: `ratio` is (samples - floor) / (reconstructions - floor), nothing where reconstructions
 lie no farther than the floor, as they may: they are of the very images that all is compared with.
@@ -38,7 +42,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +142,13 @@ def figures(out: Path) -> dict[str, float]:
 
 def trained_rows(options: argparse.Namespace) -> Rows:
     """Those of the studies in RUNS."""
+    draws, trained = options.study == "order" and len(options.levels) > 1, []
+    if draws:
+        read_about(judge_of(options))  # to be missed now, not after the runs
     for level in options.levels:
-        rows, priors = {}, {}
+        rows, priors, outs = {}, {}, {}
         for name in RUNS[options.study]:
-            out = train(options, *settings(options.study, name, level), level)
+            out = outs[name] = train(options, *settings(options.study, name, level), level)
             priors[name] = load_model(out, "prior").requires_grad_(False).to(DEVICE)
             size = sum(weight.numel() for weight in priors[name].parameters())
             row = {"contender": name, "case": f"level {level}", "parameters": size}
@@ -150,6 +157,11 @@ def trained_rows(options: argparse.Namespace) -> Rows:
             for name, speed in sampling_speeds(priors).items():
                 rows[name]["images_per_sec"] = speed
         yield from rows.values()
+        trained.append(outs)
+    for name in RUNS["order"] if draws else ():
+        options.priors = [outs[name] for outs in trained]
+        m, file = Material(options), name.replace(", ", "-").replace(" ", "-")
+        yield m.scores(file, partial(m.draw, file, Draw(), m.asked)) | {"contender": name}
 
 
 def sampling_speeds(priors: Mapping[str, Prior]) -> dict[str, float]:
@@ -174,11 +186,15 @@ def sampling_speeds(priors: Mapping[str, Prior]) -> dict[str, float]:
 # Samples, and what they are measured by.
 
 
+def judge_of(options: argparse.Namespace) -> Path:
+    return options.judge or options.run / "classifier-judge"
+
+
 class Material:
     """Images and models; of the images as many as each set has."""
 
     def __init__(self, options: argparse.Namespace):
-        shards, judge = options.run / "shards", options.judge or options.run / "classifier-judge"
+        shards, judge = options.run / "shards", judge_of(options)
         self.model = image_model.load_model(options.run, priors=options.priors)
         self.device, size = self.model.device, self.model.image_size
         self.real, self.train = (open_images(shards, split, size) for split in ("valid", "train"))
@@ -193,8 +209,12 @@ class Material:
             refuse(f"--num_samples must be in {least}..{most}, got {self.count}")
         self.chosen = choose(self.count, np.arange(len(self.real)), 0)
         self.floor = choose(self.count, unseen, 0)
+        self.asked = np.zeros((self.count, len(self.model.attribute_names)), np.int8)
+        if options.asked == "attributes":
+            self.asked[:] = self.attributes(self.train, self.floor)
         self.key = {
             "num_images": self.count,
+            "asked": options.asked,
             "data_index_sha256": self.real.index.sha256,
             "vqvae": self.model.sha256,
             "priors": [self.model.prior(level).sha256 for level in range(len(self.model.grids))],
@@ -204,6 +224,34 @@ class Material:
     def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The figures of a set of images, which are measured where they are not there yet."""
         return kept(self.out / f"{name}.json", {**self.key, "set": name}, measure)
+
+    def attributes(self, images: ImageSet, indices: np.ndarray) -> np.ndarray:
+        """Those that the priors know, in their order: (N, A), -1 or +1."""
+        known = list(images.index.attribute_names)
+        columns = [known.index(name) for name in self.model.attribute_names]
+        return images.attributes[indices][:, columns]
+
+    @cached_property
+    def real_features(self) -> dict[str, torch.Tensor]:
+        return self.features("real", self.real[self.chosen])
+
+    def features(self, name: str, images: np.ndarray) -> dict[str, torch.Tensor]:
+        np.save(self.out / f"{name}.npy", images)
+        batches = batches_of(images, np.arange(self.count))
+        return fidelity.extract([self.extractor], batches, self.count, name)[self.extractor.name]
+
+    def scores(self, name: str, make: Callable[[], np.ndarray]) -> dict[str, Any]:
+        """Row of a set of images against the real ones."""
+
+        def measure() -> dict[str, Any]:
+            found = fidelity.scores(self.features(name, make()), self.real_features)
+            return {metric: score._asdict() for metric, score in found.items()}
+
+        found = self.kept(name, measure)
+        row: dict[str, Any] = {"contender": name, "case": f"{self.count} images"}
+        row |= {metric: score["value"] for metric, score in found.items()}
+        row["frechet_low"], row["frechet_high"] = found["frechet"]["interval"]
+        return row
 
     def reconstructions(self, images: ImageSet, indices: np.ndarray) -> np.ndarray:
         model, originals = self.model, Choice(ShardImages(images), indices)
@@ -223,7 +271,12 @@ class Material:
                     prior, keys = model.prior(level).model, image_keys(0, numbers, level)
                     given = prior.condition(len(wanted), codes, None, wanted)
                     without = prior.condition(len(wanted), codes) if how.guidance != 1 else None
-                    codes.append(sample_codes(prior, given, keys, how, unconditional=without).codes)
+                    # classic masks have no fronts
+                    method = "rows-above" if prior.config.order == "raster" else "wavefront"
+                    drawn = sample_codes(
+                        prior, given, keys, how, unconditional=without, method=method
+                    )
+                    codes.append(drawn.codes)
                 images.append(pictures.to_uint8(model.decode(codes)))
                 bar.update(len(wanted))
         found = np.concatenate(images)
@@ -238,35 +291,22 @@ def ratio(samples: float, reconstructions: float, floor: float) -> float | None:
 
 
 def temperature_rows(m: Material, options: argparse.Namespace) -> Rows:
-    nothing = np.zeros((m.count, len(m.model.attribute_names)), np.int8)
-    drawn = {f"temperature-{value:g}": value for value in options.temperatures}
-    sets = {
+    compared = {
         "floor": lambda: m.train[m.floor],
         "reconstructions": lambda: m.reconstructions(m.real, m.chosen),
         "floor-reconstructions": lambda: m.reconstructions(m.train, m.floor),
-        **{name: partial(m.draw, name, Draw(temperature=t), nothing) for name, t in drawn.items()},
     }
-
-    def features(name: str, images: np.ndarray) -> dict[str, torch.Tensor]:
-        np.save(m.out / f"{name}.npy", images)
-        batches = batches_of(images, np.arange(m.count))
-        return fidelity.extract([m.extractor], batches, m.count, name)[m.extractor.name]
-
-    def measure(name: str) -> dict[str, Any]:
-        scores = fidelity.scores(features(name, sets[name]()), real)
-        return {metric: score._asdict() for metric, score in scores.items()}
-
-    real, frechet = features("real", m.real[m.chosen]), {}
-    for name in sets:
-        scores = m.kept(name, partial(measure, name))
-        frechet[name] = scores["frechet"]["value"]
-        row: dict[str, Any] = {"contender": name, "case": f"{m.count} images"}
-        row |= {metric: score["value"] for metric, score in scores.items()}
-        row["frechet_low"], row["frechet_high"] = scores["frechet"]["interval"]
-        if name in drawn:
-            floor, near, far = (frechet[reference] for reference in list(sets)[:3])
-            row["temperature"] = drawn[name]
-            row["ratio"], row["ratio_floor"] = (ratio(frechet[name], r, floor) for r in (near, far))
+    frechet = []
+    for name, make in compared.items():
+        row = m.scores(name, make)
+        frechet.append(row["frechet"])
+        yield row
+    floor, *references = frechet
+    for value in options.temperatures:
+        name = f"temperature-{value:g}"
+        row = m.scores(name, partial(m.draw, name, Draw(temperature=value), m.asked))
+        row["temperature"] = value
+        row["ratio"], row["ratio_floor"] = (ratio(row["frechet"], r, floor) for r in references)
         yield row
 
 
@@ -309,7 +349,7 @@ def attribute_rows(m: Material, options: argparse.Namespace) -> Rows:
     names = most_balanced(m.train.attributes, known, usable, NUM_ATTRIBUTES)
     if not names:
         refuse("no attribute is known to both the priors and the judge")
-    full = m.real.attributes[m.chosen][:, [known.index(name) for name in asked]]
+    full = m.attributes(m.real, m.chosen)
     wanted = full[:, [asked.index(name) for name in names]]
     in_turn = np.where(np.arange(m.count) % 2 == 0, 1, -1)
 
@@ -358,6 +398,7 @@ def main() -> None:
     add("--levels", type=int, nargs="+", choices=(0, 1), default=[0, 1], help="to train")
     add("--total_images", type=int, help="length of a run, if not the config's")
     add("--judge", type=Path, help="if not <run>/classifier-judge")
+    add("--asked", choices=["attributes", "nothing"], default="attributes", help="see above")
     add("--priors", type=Path, nargs="+", help="coarse to fine, if not <run>/prior-level0 ...")
     add("--num_samples", type=int, default=2_000, help="images in each set")
     add("--temperatures", type=float, nargs="+", default=[0.7, 0.8, 0.9, 0.95, 1.0, 1.1])

@@ -38,6 +38,7 @@ from pipeline.image_model import load_model
 from pipeline.models.priors import PRIORS, make_prior
 from pipeline.models.priors.prior import PriorConfig
 from pipeline.models.priors.sampling import Draw
+from pipeline.stage import UserError
 
 NATS = "prior/validation_nats_per_code"
 GAP = "prior/gap_nats_per_code"
@@ -132,6 +133,36 @@ def test_the_priors_whose_orders_are_compared_have_as_many_parameters(level):
     assert all(abs(size / first - 1) < 0.02 for size in sizes.values()), sizes
 
 
+def test_kinds_of_prior_are_drawn_from_with_their_own_runs_of_both_levels(
+    started, monkeypatch, tmp_path
+):
+    class Drawn:
+        """As far as the study asks."""
+
+        def __init__(self, options: Namespace):
+            self.priors, self.draw, self.asked = options.priors, print, None
+
+        def scores(self, name: str, _) -> dict:
+            return {"contender": name, "case": "samples", "runs": [p.name for p in self.priors]}
+
+    monkeypatch.setattr(prior_studies, "Material", Drawn)
+    monkeypatch.setattr(prior_studies, "sampling_speeds", lambda _: {})
+    options = options_of(tmp_path, judge=None)
+    options.study = "order"
+    with pytest.raises(UserError, match="classifier-judge"):
+        list(trained_rows(options))
+    assert not started  # said before anything is trained
+    write_run(options.run / "classifier-judge")
+    rows = list(trained_rows(options))[10:]
+    assert [row["contender"] for row in rows] == list(RUNS["order"])
+    assert rows[0]["runs"] == [f"train_prior_level{level}" for level in (0, 1)]
+    assert rows[3]["runs"] == [
+        f"train_prior_pixelsnail_level{level}-model.order=raster" for level in (0, 1)
+    ]
+    options.levels = [1]
+    assert len(list(trained_rows(options))) == 5
+
+
 def test_the_ratio_is_of_what_lies_above_the_floor():
     assert ratio(5.0, 3.0, 1.0) == 2
     assert ratio(3.0, 3.0, 1.0) == 1
@@ -210,18 +241,14 @@ def test_each_image_has_the_noise_of_its_number_and_its_own_attributes(guidance,
     assert not np.array_equal(one[3], both[3]) and not np.array_equal(one, left_open)
 
 
-def test_temperatures_stand_beside_what_they_are_compared_with(bare, monkeypatch, tmp_path):
+def test_temperatures_stand_beside_what_they_are_compared_with(bare, tmp_path):
     frechet = {"floor": 1.0, "reconstructions": 0.5, "floor-reconstructions": 2.0,
                "temperature-0.8": 5.0, "temperature-1": 3.0}  # fmt: skip
     bare.kept = lambda name, _: {
         "frechet": {"value": frechet[name], "interval": [frechet[name] - 0.1, frechet[name] + 0.1]},
         "kid": {"value": 7.0},
     }
-    bare.model, bare.out, bare.count = Namespace(attribute_names=ATTRIBUTES), tmp_path, 2
-    bare.real = bare.train = np.zeros((2, 4, 4, 3), np.uint8)
-    bare.chosen = bare.floor = np.arange(2)
-    bare.extractor = Namespace(name="judge")
-    monkeypatch.setattr(prior_studies.fidelity, "extract", lambda *_: {"judge": {}})
+    bare.out, bare.count, bare.asked = tmp_path, 2, np.zeros((2, len(ATTRIBUTES)), np.int8)
     rows = list(temperature_rows(bare, Namespace(temperatures=[0.8, 1.0])))
     assert {row["contender"]: row["frechet"] for row in rows} == frechet
     assert [row.get("temperature") for row in rows] == [None, None, None, 0.8, 1.0]
