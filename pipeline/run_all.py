@@ -17,11 +17,14 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 if not __package__:  # run as a script: import from the checkout, not from pipeline/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import yaml
 
 from pipeline import stage
 from pipeline.training.checkpoint import model_sha256
@@ -68,12 +71,25 @@ class Step:
     parallel: bool = True
 
 
-def steps(config: RunAll) -> list[Step]:
-    """The stages in order, each with what it reads and writes."""
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What the config of a stage sets; where it cannot be read, its stage will say so."""
+    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+        found = yaml.safe_load(path.read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def steps(config: RunAll, configs: Path) -> list[Step]:
+    """The stages in order, each with what it reads and writes; `configs` has their YAML."""
     out = config.out
     shards, vqvae, codes = out / "shards", out / "vqvae", out / "codes"
     judge, samples, evaluation = out / "classifier-judge", out / "samples", out / "evaluation"
     priors = [out / f"prior-level{level}" for level in range(config.num_levels)]
+    drawing: dict[str, str | Path] = {"checkpoint": vqvae}
+    condition = read_yaml(configs / "train_prior_level0.yaml").get("condition", "none")
+    asked = {"attributes", "label", "codes", "conditions"}
+    if condition != "none" and not asked & read_yaml(configs / "sample_prior.yaml").keys():
+        drawing["conditions"] = shards  # what the images have, as often as they have it
     source: dict[str, str | Path] = {}
     if config.source is not None:
         source["source"] = config.source
@@ -99,7 +115,7 @@ def steps(config: RunAll) -> list[Step]:
         ],
         Step(
             "samples", "sample_prior", "sample_prior",
-            {"checkpoint": vqvae}, [vqvae, *priors], samples,
+            drawing, [shards, vqvae, *priors], samples,
         ),
         Step(
             "evaluation", "evaluate", "evaluate",
@@ -119,28 +135,28 @@ def fingerprint(directory: Path) -> str:
     return "absent"
 
 
-def key_of(step: Step, yaml: Path) -> str:
+def key_of(step: Step, path: Path) -> str:
     """Changes whenever the stage would have to run again."""
-    parts = [step.script, yaml.read_text() if yaml.is_file() else ""]
+    parts = [step.script, path.read_text() if path.is_file() else ""]
     parts += [f"{name}={value}" for name, value in step.flags.items()]
     parts += [fingerprint(directory) for directory in step.inputs]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def arguments_of(step: Step, yaml: Path) -> list[str]:
+def arguments_of(step: Step, path: Path) -> list[str]:
     """The flags of a stage, as its docstring shows them."""
-    flags = {"config": yaml} if yaml.is_file() else {}
+    flags = {"config": path} if path.is_file() else {}
     flags |= {**step.flags, "out": step.out}
     return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
 
-def command(step: Step, yaml: Path, processes: int) -> list[str]:
+def command(step: Step, path: Path, processes: int) -> list[str]:
     """The command line of a stage on this machine."""
     launcher = [sys.executable]
     if processes > 1 and step.parallel:
         launcher += ["-m", "torch.distributed.run", "--standalone"]
         launcher += [f"--nproc_per_node={processes}"]
-    return [*launcher, str(ROOT / "pipeline" / f"{step.script}.py"), *arguments_of(step, yaml)]
+    return [*launcher, str(ROOT / "pipeline" / f"{step.script}.py"), *arguments_of(step, path)]
 
 
 def print_plan(plan: list[Step], configs: Path) -> None:
@@ -196,17 +212,17 @@ def main(config: RunAll) -> None:
     if not configs.is_dir():
         raise stage.UserError(f"{config.configs} is not a folder of stage configs")
     if config.dry_run:
-        return print_plan(steps(config), configs)
+        return print_plan(steps(config, configs), configs)
     done_file = config.out / "done.json"
     done = json.loads(done_file.read_text()) if done_file.is_file() else {}
-    for number, step in enumerate(plan := steps(config), start=1):
-        yaml = configs / f"{step.config}.yaml"
-        title, key = f"[{number}/{len(plan)}] {step.name}", key_of(step, yaml)
+    for number, step in enumerate(plan := steps(config, configs), start=1):
+        path = configs / f"{step.config}.yaml"
+        title, key = f"[{number}/{len(plan)}] {step.name}", key_of(step, path)
         # shards are always looked at: that is quick, and the images may have changed
         if step.inputs and done.get(step.name) == key and fingerprint(step.out) != "absent":
             print(f"{title}: unchanged, skipped", flush=True)
             continue
-        arguments = command(step, yaml, config.processes)
+        arguments = command(step, path, config.processes)
         print(f"\n{title}\n  {' '.join(arguments)}", flush=True)
         start = time.monotonic()
         code = subprocess.run(arguments, check=False).returncode

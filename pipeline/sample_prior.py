@@ -97,7 +97,8 @@ class SamplePrior(Sampling):
     """Columns of the grid, which has as many rows at most."""
     conditions: Path | None = None
     """Directory with image shards: each image is asked for what an image of their training split
-    has. With a selector, what is easily met is kept more often than it is there."""
+    has, so that together they have it as often as the data. With a selector, what is easily met is
+    kept more often than it is there."""
     codes: Path | None = None
     """Directory with code shards of which a part stays; None = all is drawn."""
     split: Literal["train", "valid", "test"] | None = None

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,6 +200,32 @@ def test_nats_of_the_prior_are_below_the_uniform_code(run):
         assert about["validation_nats_per_code"] < np.log(32)
 
 
+@pytest.mark.parametrize(
+    ("prior", "samples", "expected"),
+    [
+        ("condition: attributes", "num_images: 8", True),
+        ("condition: class", None, True),
+        ("condition: none", None, False),
+        ("channels: 8", None, False),
+        (None, None, False),
+        ("condition: [", None, False),  # the stage says so
+        ("- attributes", None, False),
+        ("condition: attributes", "attributes: {Smiling: 1}", False),
+        ("condition: attributes", "conditions: other/shards", False),
+        ("condition: class", "label: cat", False),
+    ],
+)
+def test_samples_of_conditional_priors_ask_for_what_the_data_has(
+    prior, samples, expected, tmp_path
+):
+    for name, text in (("train_prior_level0", prior), ("sample_prior", samples)):
+        if text is not None:
+            (tmp_path / f"{name}.yaml").write_text(text)
+    plan = run_all.steps(run_all.RunAll(configs=tmp_path, out=Path("run")), tmp_path)
+    (step,) = (step for step in plan if step.name == "samples")
+    assert step.flags.get("conditions") == (Path("run/shards") if expected else None)
+
+
 @pytest.mark.parametrize("quantizers", [["fsq", "learned"], ["simvq", "cosine"]])
 def test_the_codes_of_every_quantizer_go_through_every_stage(quantizers, tmp_path):
     """ema does so in the run above."""
@@ -210,7 +237,7 @@ def test_the_codes_of_every_quantizer_go_through_every_stage(quantizers, tmp_pat
             values["model"]["quantizer"] = quantizers
         path.write_text(yaml.safe_dump(values))
     out = tmp_path / "run"
-    for step in run_all.steps(run_all.RunAll(configs=configs, out=out)):
+    for step in run_all.steps(run_all.RunAll(configs=configs, out=out), configs):
         arguments = run_all.arguments_of(step, configs / f"{step.config}.yaml")
         run_ranks(step.script, arguments, step.out)
     assert read_about(out / "vqvae")["model"]["quantizer"] == quantizers
