@@ -655,3 +655,17 @@ def test_heads_matter_only_to_those_that_have_them():
     PriorConfig(architecture="pixelcnn", channels=20, attention_channels=20)
     PriorConfig(architecture="pixelsnail", channels=20)
     PriorConfig(architecture="transformer", attention_channels=20)
+
+
+def test_a_transformer_hears_positions_and_layers_from_the_first_step():
+    """Beside codes of size 1, positions or layers that start at a hundredth are learnt late."""
+    model = make_prior(
+        small("transformer", channels=124, heads=4, layers=6, grid=(8, 8))
+    ).requires_grad_(False)
+    codes = torch.randint(model.config.codebook_size, (16, 8, 8))
+    tokens, positions = model.embed(codes), model.positions
+    before = after = tokens + positions
+    for layer in model.layers:
+        after = layer(after, whole)
+    assert float(positions.std() / tokens.std()) == pytest.approx(1, rel=0.1)
+    assert 0.3 < float((after - before).std() / before.std()) < 1

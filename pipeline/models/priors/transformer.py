@@ -27,13 +27,13 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.out = nn.Linear(width, width)
         self.mlp_in, self.mlp_out = nn.Linear(width, inner), nn.Linear(inner, width)
-        # as GPT-2; what is added to the residual stream, by the length of the stream
-        last = 0.02 / (2 * config.layers) ** 0.5
-        for layer, std in (
-            (self.attention.query, 0.02), (self.attention.key_value, 0.02), (self.out, last),
-            (self.mlp_in, 0.02), (self.mlp_out, last),
+        # values of size 1; what is added to the residual stream, by the length of the stream
+        last = (2 * config.layers) ** -0.5
+        for layer, size in (
+            (self.attention.query, 1), (self.attention.key_value, 1), (self.out, last),
+            (self.mlp_in, 1), (self.mlp_out, last),
         ):  # fmt: skip
-            nn.init.normal_(layer.weight, std=std)
+            nn.init.normal_(layer.weight, std=size * layer.in_features**-0.5)
 
     def forward(self, x: torch.Tensor, see: See) -> torch.Tensor:
         x = x + self.dropout(self.out(see(self.attention, self.norm_attention(x), None)))
@@ -47,7 +47,7 @@ class Transformer(Prior):
     def __init__(self, config: PriorConfig, slope: int):
         super().__init__(config, slope)
         self.previous = PreviousCode(config.channels)
-        self.positions = nn.Parameter(0.02 * torch.randn(*config.grid, config.channels))
+        self.positions = nn.Parameter(torch.randn(*config.grid, config.channels))
         self.layers = nn.ModuleList(Block(config, slope) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.channels)
         self.head = nn.Linear(config.channels, config.codebook_size)
