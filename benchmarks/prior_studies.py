@@ -404,6 +404,7 @@ def main() -> None:
     add("--temperatures", type=float, nargs="+", default=[0.7, 0.8, 0.9, 0.95, 1.0, 1.1])
     add("--guidance", type=float, nargs="+", default=[1.0], help="scales of the guidance")
     options = parser.parse_args()
+    options.levels = sorted(set(options.levels))
     rows, about, study = [], {}, trained_rows(options)
     try:
         if options.study in SAMPLED:

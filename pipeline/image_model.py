@@ -14,6 +14,7 @@
 Priors are needed for `sample` alone. sample_prior.py is the same as a command, for many images.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from pipeline.models.blocks import true_fp32
 from pipeline.models.priors.noise import image_keys
 from pipeline.models.priors.prior import Prior
 from pipeline.models.priors.sampling import (
@@ -237,6 +239,7 @@ class ImageModel:
         return torch.cat([self.decode(self.draw_codes(numbers, how)) for numbers in batches])
 
     @torch.no_grad()
+    @true_fp32()
     def draw_codes(
         self,
         numbers: Sequence[int] | torch.Tensor,
@@ -310,6 +313,16 @@ class ImageModel:
             )
         return self.priors[level]
 
+    def deaf_levels(self, asked: Asked, keep: Sequence[torch.Tensor] | None = None) -> list[int]:
+        """Levels that are drawn without what is asked for: their priors do not know it."""
+        return [
+            level for level, prior in self.priors.items()
+            if (keep is None or not keep[level].all()) and (
+                (asked.attributes.any() and not prior.attribute_names)
+                or ((asked.labels >= 0).any() and not prior.class_names)
+            )
+        ]  # fmt: skip
+
     @torch.no_grad()
     def check(self, how: Sampling, keep: Sequence[torch.Tensor] | None = None) -> None:
         """Raises UserError for what the priors cannot do; no prior is needed where all of a level's
@@ -359,7 +372,9 @@ def load_model(
     run = path / "vqvae" if (path / "vqvae").is_dir() else path
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     vqvae, about = checkpoint.load_model(run, "vqvae"), checkpoint.read_about(run)
-    tree, num_levels = checkpoint.final_directory(run).resolve().parents[1], vqvae.config.num_levels
+    num_levels = vqvae.config.num_levels
+    # not resolve(): where the VQ-VAE is a link, the priors are beside the link
+    tree = Path(os.path.abspath(checkpoint.final_directory(run))).parents[1]
     paths = [Path(prior) for prior in
              given or [tree / f"prior-level{level}" for level in range(num_levels)]]  # fmt: skip
     if len(paths) != num_levels:
@@ -371,6 +386,9 @@ def load_model(
         if given or (prior_path / "final" / "config.json").is_file():
             prior = _load_prior(prior_path, level, run, sha256)
             found[level] = prior._replace(model=prior.model.to(where, dtype))
+    for kind in ("attribute_names", "class_names"):
+        if len({tuple(names) for prior in found.values() if (names := getattr(prior, kind))}) > 1:
+            raise UserError(f"the priors beside {run} know different {kind.replace('_', ' ')}")
     return ImageModel(
         vqvae=vqvae.to(where), priors=found, prior_paths=paths,
         image_size=about["config"]["image_size"], recipe=about["recipe"], sha256=sha256,

@@ -5,7 +5,8 @@
         --attributes Smiling=1,Eyeglasses=0 --num_images 32 --temperature '[0.9, 0.8]' --seed 7
     torchrun --nproc_per_node 2 pipeline/sample_prior.py ...      images are dealt to the processes
 
-Image n depends on the seed and n alone, not on the batch size or the number of processes. Writes
+The codes of image n depend on the seed and n alone, not on the batch size or the number of
+processes; its pixels may differ by rounding. Writes
 <out>/images/000000.png ..., <out>/samples.png (a grid), <out>/samples.json (how they were made) and
 <out>/shards, code shards of the images; with --format tar these hold the PNGs, too, and there is no
 folder of images. A restart with the same options goes on with what is there (<out>/drawn).
@@ -64,10 +65,13 @@ from pipeline.data.shards import ShardInfo, ShardReader, sync, verify_shard, wri
 from pipeline.evaluation import pictures, rejection
 from pipeline.failpoint import failpoint
 from pipeline.image_model import Asked, Given, ImageModel, Precision, Sampling, load_model
+from pipeline.training.checkpoint import lock
+from pipeline.training.control import on_rank_zero
 from pipeline.training.distributed import make_accelerator
 from pipeline.training.tracking import progress_bar
 
 SHARD_SIZE = 256  # images per tar
+FOLDERS = ("drawn", "images", "shards")  # in --out
 SPLIT = "train"  # of the shards: samples are something to train on, and no real images to test on
 # options that change nothing about the images, but for rounding
 FREE = ("out", "checkpoint", "priors", "batch_size", "columns", "method")
@@ -223,7 +227,9 @@ def asked_for(config: SamplePrior, model: ImageModel, count: int) -> Asked:
         raise stage.UserError(
             "the priors were trained with neither attributes nor label; leave conditions out"
         )
-    data = open_images(config.conditions, "train", model.image_size)
+    if read_index(config.conditions).codes:
+        raise stage.UserError(f"{config.conditions} has codes; conditions are of image shards")
+    data = open_images(config.conditions, "train", model.image_size, cache=False, progress=False)
     theirs, their_classes = list(data.index.attribute_names), list(data.index.class_names)
     if missing := [*(set(names) - set(theirs)), *(set(classes) - set(their_classes))]:
         raise stage.UserError(
@@ -240,7 +246,8 @@ def asked_for(config: SamplePrior, model: ImageModel, count: int) -> Asked:
 def refuse_full_disk(config: SamplePrior, model: ImageModel, candidates: int) -> None:
     """UserError where images and codes would not fit; they are estimated by their raw size."""
     folder = config.out.absolute()
-    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    ours = [file for name in FOLDERS for file in (folder / name).glob("*")]
+    there = sum(file.stat().st_size for file in ours)
     while not folder.exists():
         folder = folder.parent
     pixels = model.vqvae.config.in_channels * model.image_size**2
@@ -303,8 +310,6 @@ class Drawn:
         for path in sorted((out / "drawn").glob("*.npz")):
             with np.load(path, allow_pickle=False) as part:  # reads what it is asked for
                 numbers, log_probs = part["numbers"].tolist(), part["log_probs"].tolist()
-            if not self.places.keys().isdisjoint(numbers):
-                raise RuntimeError(f"an image of {path} was drawn twice; this is a bug")
             self.places |= {number: (path, row) for row, number in enumerate(numbers)}
             self.log_probs |= dict(zip(numbers, log_probs, strict=True))
         # the images of a shard come from a few files, in turn
@@ -461,11 +466,15 @@ def main(config: SamplePrior) -> None:
         raise stage.UserError(
             f"{config.out} holds samples made otherwise; delete it or choose another --out"
         )
+    if first and (deaf := model.deaf_levels(asked, given and given.keep)):
+        print(f"note: the priors of levels {deaf} were trained without what is asked for")
+    locks = []  # of rank 0, until this function ends
+    on_rank_zero(lambda: locks.append(lock(config.out)), accelerator.device)
     shards = range(-(-config.num_images // SHARD_SIZE))
     todo = [shard for shard in shards if finished(config, shard) is None]
     missing = sorted(set(range(candidates)) - set(Drawn(config.out).places)) if todo else []
     if first:
-        stage.remove_leftovers(*(config.out / name for name in ("", "drawn", "images", "shards")))
+        stage.remove_leftovers(*(config.out / name for name in ("", *FOLDERS)))
     accelerator.wait_for_everyone()  # all ranks have looked before the first one writes
     if first and not old:
         stage.write_json(note, {**protocol, "provenance": stage.provenance()})
@@ -500,9 +509,8 @@ def main(config: SamplePrior) -> None:
         if len(missing) == candidates:  # nothing was there before
             result["images_per_sec"] = config.num_images / seconds
         stage.write_json(note, result)
-        if todo or not (config.out / "samples.png").is_file():
-            infos = [finished(config, shard) for shard in shards]
-            finish(config, model, [info for info in infos if info is not None])
+        infos = [finished(config, shard) for shard in shards]
+        finish(config, model, [info for info in infos if info is not None])
         print(f"{config.out}: {config.num_images} images, grid in {config.out / 'samples.png'}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -277,6 +277,9 @@ def _run(config_type: type[Config], main: Callable[[Config], int | None], doc: s
             if not getattr(config, "dry_run", False):  # a dry run writes nothing
                 out = getattr(config, "out", None)
             if out is not None and is_rank_zero():
+                if out.exists() and not out.is_dir():
+                    path, out = out, None  # there is no place for a status
+                    raise UserError(f"{path} is a file; --out needs a directory")
                 (out / "status.json").unlink(missing_ok=True)  # of an earlier run
             seen = main(config) or 0
         finally:

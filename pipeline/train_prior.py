@@ -130,6 +130,11 @@ class TrainPrior:
             raise ValueError(f"patience must be at least 0, got {self.patience}")
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"condition_dropout must be in [0, 1), got {self.condition_dropout}")
+        if self.condition == "class" and self.condition_dropout == 0:
+            raise ValueError(
+                "condition_dropout must be above 0 with condition class: images whose class is not "
+                "told, and guidance, need what is learnt from hidden classes"
+            )
         scoring.check_config(self)
 
 

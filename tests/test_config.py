@@ -158,3 +158,11 @@ def test_missing_inputs_are_named_in_one_line(tmp_path):
     assert failed.stderr.count("\n") == 1 and "absent" in failed.stderr
     status = yaml.safe_load((tmp_path / "out" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 2)
+
+
+def test_an_out_that_is_a_file_is_named_in_one_line(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    failed = run_stage("train_vqvae.py", "--data", tmp_path, "--out", tmp_path / "out", check=False)
+    assert failed.returncode == 2
+    assert failed.stderr == f"error: {tmp_path / 'out'} is a file; --out needs a directory\n"
+    assert (tmp_path / "out").read_text() == "mine"

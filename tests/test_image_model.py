@@ -232,8 +232,8 @@ def test_what_cannot_be_drawn_is_said_in_one_line(model, tree):
     for options, message in (
         ({"attributes": {"Smiling": 0}}, "1 .with. or -1"),
         ({"attributes": "Smiling=yes"}, "Smiling=1,Eyeglasses=0"),
-        ({"temperature": 0.0}, "temperature must be positive"),
-        ({"temperature": (1.0, float("nan"))}, "temperature must be positive"),
+        ({"temperature": 0.0}, "temperature must be finite"),
+        ({"temperature": (1.0, float("nan"))}, "temperature must be finite"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"guidance": -1.0, "label": "cat"}, "guidance"),
@@ -291,6 +291,35 @@ def test_priors_that_do_not_belong_are_refused(tree, tmp_path):
     )
     with pytest.raises(UserError, match="codes of another checkpoint"):
         load_model(tmp_path, priors=[tree / "prior-level0", tree / "prior-level1"])
+
+
+def test_the_priors_are_those_beside_a_linked_vqvae(tree, tmp_path):
+    """As where several priors are tried on one VQ-VAE."""
+    (tmp_path / "vqvae").symlink_to(tree / "vqvae")
+    for path in (tmp_path, tmp_path / "vqvae", tmp_path / "vqvae" / "final"):
+        model = load_model(path, device="cpu")
+        assert model.prior_paths == [tmp_path / f"prior-level{level}" for level in (0, 1)]
+        assert not model.priors
+
+
+def test_priors_that_know_other_names_are_refused(tree, tmp_path):
+    for kind, names in (("attribute_names", ["Smiling", "Hat"]), ("class_names", ["dog", "cat"])):
+        prior, about = checkpoint.load_model(tree / "prior-level1"), {}
+        about = {**checkpoint.read_about(tree / "prior-level1"), kind: names}
+        checkpoint.save_model(tmp_path / kind, "prior", prior, about)
+        message = f"know different {kind.replace('_', ' ')}"
+        with pytest.raises(UserError, match=message):
+            load_model(tree, priors=[tree / "prior-level0", tmp_path / kind])
+
+
+def test_levels_that_do_not_know_what_is_asked_for_are_told(model):
+    model.priors[0] = model.priors[0]._replace(attribute_names=[])
+    model.priors[1] = model.priors[1]._replace(class_names=[])
+    smiling, cat = ({"attributes": {"Smiling": 1}}, {"label": "cat"})
+    for options, levels in (({}, []), (smiling, [0]), (cat, [1]), ({**smiling, **cat}, [0, 1])):
+        assert model.deaf_levels(model.asked(Sampling(**options), 1)) == levels
+    keep = [torch.ones(GRIDS[0], dtype=torch.bool), torch.zeros(GRIDS[1], dtype=torch.bool)]
+    assert model.deaf_levels(model.asked(Sampling(**smiling), 1), keep) == []
 
 
 def test_bf16_is_of_the_priors_alone(tree):

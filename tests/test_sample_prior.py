@@ -6,11 +6,13 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
+import faults
 import numpy as np
 import pytest
 import torch
 from faults import run_ranks
 from PIL import Image
+from test_checkpoint import hold
 from test_image_model import ATTRIBUTES, save_run
 
 from pipeline import sample_prior, stage
@@ -23,6 +25,7 @@ from pipeline.evaluation.sets import SampleFiles
 from pipeline.image_model import load_model
 from pipeline.models.classifier import Classifier, ClassifierConfig
 from pipeline.sample_prior import SamplePrior, main
+from pipeline.training import checkpoint
 from pipeline.training.checkpoint import load_model as load_one
 from pipeline.training.checkpoint import save_model
 
@@ -206,7 +209,7 @@ def test_each_image_is_asked_for_what_an_image_of_the_data_has(tree, conditions,
     options = {"conditions": conditions, "num_images": 13, "seed": 3}
     main(config_of(tree, tmp_path / "tar", format="tar", **options))
     images = open_images(tmp_path / "tar" / "shards", "train", SIZE, cache=False)
-    data = open_images(conditions, "train", SIZE)
+    data = open_images(conditions, "train", SIZE, cache=False)
     assert images.index.attribute_names == tuple(ATTRIBUTES)
     # (Smiling, Eyeglasses, class): the priors do not know cows
     known = {(1, 1, None), (-1, 1, "owl"), (0, -1, None), (0, 0, "dog"), (1, -1, "cat")}
@@ -335,7 +338,7 @@ def test_user_errors_leave_nothing_behind(tree, conditions, tmp_path, monkeypatc
         ({"checkpoint": tmp_path}, "holds no trained model"),
         ({"priors": [tree / "prior-level0"]}, "needs 2 directories"),
         ({"selector": tree / "judge", **smiling}, "judge's half"),
-        ({"conditions": mine}, "image 000000 cannot be read: it has no member jpg or png"),
+        ({"conditions": mine}, "has codes; conditions are of image shards"),
         ({"conditions": tmp_path}, "index.json is missing"),
         ({"conditions": tmp_path / "fewer"}, "does not tell Eyeglasses, which the priors were"),
         ({"conditions": tmp_path / "classless"}, "does not tell cat, which the priors were"),
@@ -345,13 +348,50 @@ def test_user_errors_leave_nothing_behind(tree, conditions, tmp_path, monkeypatc
         with pytest.raises(stage.UserError, match=message) as caught:
             main(config_of(tree, out, **changes))
         assert "\n" not in str(caught.value) and not out.exists(), message
+    assert not (conditions / "cache").exists()  # only its index and conditions were read
     # the disk is asked before anything else is done, and what is there is counted
     usage = namedtuple("usage", "total used free")
     raw = 6 * (3 * SIZE**2 + 2 * (4 * 4 + 8 * 8))
     monkeypatch.setattr(sample_prior.shutil, "disk_usage", lambda _: usage(0, 0, raw - 1))
     with pytest.raises(stage.UserError, match=r"left; ask for fewer images, or .* --out"):
         main(config_of(tree, tmp_path / "full"))
+    (tmp_path / "full" / "other").mkdir(parents=True)
+    (tmp_path / "full" / "other" / "stage").write_bytes(bytes(raw))
+    with pytest.raises(stage.UserError, match="left; ask for fewer"):  # what is not ours
+        main(config_of(tree, tmp_path / "full"))
     main(config_of(tree, tree / "samples"))
+
+
+def test_one_job_at_a_time_draws_into_a_directory(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LOCK_SEC", 0.3)
+    other = faults.start(hold, tmp_path)
+    try:
+        while not (tmp_path / "held").exists():
+            assert other.is_alive()
+        with pytest.raises(stage.InUse, match=f"in use by process {other.pid} on "):
+            main(config_of(tree, tmp_path))
+    finally:
+        other.kill()
+        other.join()
+    assert not (tmp_path / "samples.json").exists()
+    main(config_of(tree, tmp_path))
+
+
+def test_images_that_were_drawn_twice_are_taken_once(tree, tmp_path):
+    """As by two jobs on a file system without locks."""
+    main(config_of(tree, tmp_path, batch_size=4))
+    shutil.rmtree(tmp_path / "shards")
+    part = tmp_path / "drawn" / "000000000.npz"
+    shutil.copy(part, part.with_name("000000001.npz"))
+    main(config_of(tree, tmp_path))
+    assert np.array_equal(pixels(tmp_path), pixels(tree / "samples"))
+
+
+def test_another_number_of_columns_makes_another_grid(tree, tmp_path):
+    for columns, rows in ((3, 2), (2, 2)):
+        main(config_of(tree, tmp_path, columns=columns))
+        with Image.open(tmp_path / "samples.png") as grid:
+            assert grid.size == tuple(2 * (n * (SIZE + 2) + 2) for n in (columns, rows))
 
 
 def test_options_that_contradict_each_other_are_refused():

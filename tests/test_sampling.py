@@ -15,6 +15,8 @@ from pipeline.models.priors.fronts import fronts
 from pipeline.models.priors.noise import gumbel_noise, image_keys, mix
 from pipeline.models.priors.prior import Prior, PriorConfig
 from pipeline.models.priors.sampling import (
+    MAX_GUIDANCE,
+    MIN_TEMPERATURE,
     Draw,
     FrontNetwork,
     Sampled,
@@ -302,7 +304,7 @@ def test_grids_follow_the_joint_distribution(kind):
     assert fits(place, probabilities)
 
 
-@pytest.mark.parametrize("draw", [Draw(temperature=1e-7), Draw(top_k=1), Draw(top_p=1e-7)])
+@pytest.mark.parametrize("draw", [Draw(temperature=1e-6), Draw(top_k=1), Draw(top_p=1e-7)])
 def test_the_limit_of_every_truncation_is_the_most_probable_code(draw):
     model = random_prior("pixelsnail")
     codes = torch.zeros(1, 5, 7, dtype=torch.int64)
@@ -615,23 +617,54 @@ def test_an_image_is_the_same_alone_in_any_batch_and_under_any_number_of_compani
         assert torch.equal(draw(which), together[which])
 
 
+def test_the_coldest_and_most_guided_draw_of_float32_is_that_of_float64():
+    model = random_prior("pixelcnn", num_classes=3)
+    coldest = Draw(temperature=MIN_TEMPERATURE, guidance=MAX_GUIDANCE)
+
+    def draw() -> torch.Tensor:
+        given, without = model.condition(3, labels=torch.arange(3)), model.condition(3)
+        return sample_codes(model, given, keys_of(3), coldest, unconditional=without).codes
+
+    exact = draw()
+    model.float()
+    assert torch.equal(draw(), exact) and len(exact.unique(dim=0)) == 3
+
+
+@pytest.mark.parametrize("method", ["wavefront", "rows-above", "likelihood"])
+def test_no_tf32_while_priors_are_evaluated(method, monkeypatch):
+    """Which is on for convolutions unless told otherwise, as on any machine with CUDA."""
+    model, seen = random_prior("pixelcnn"), []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(
+        model, "body", lambda *args: seen.append(torch.backends.cudnn.allow_tf32) or body(*args)
+    )
+    body, condition = type(model).body.__get__(model), model.condition(1)
+    if method == "likelihood":
+        log_likelihood(model, torch.zeros(1, 5, 7, dtype=torch.int64), condition)
+    else:
+        sample_codes(model, condition, keys_of(1), method=method)
+    assert seen and not any(seen) and torch.backends.cudnn.allow_tf32
+
+
 # Draw.
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
-        ({"temperature": -1.0}, "temperature must be positive and finite, got -1.0"),
-        ({"temperature": math.inf}, "temperature must be positive and finite, got inf"),
-        ({"temperature": math.nan}, "temperature must be positive and finite, got nan"),
+        ({"temperature": 0.0}, "temperature must be finite and at least 1e-06, got 0.0"),
+        ({"temperature": -1.0}, "temperature must be finite and at least 1e-06, got -1.0"),
+        ({"temperature": 1e-7}, "temperature must be finite and at least 1e-06, got 1e-07"),
+        ({"temperature": math.inf}, "temperature must be finite and at least 1e-06, got inf"),
+        ({"temperature": math.nan}, "temperature must be finite and at least 1e-06, got nan"),
         ({"top_k": -1}, "top_k must be at least 0, got -1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1.1"),
         ({"top_p": math.nan}, r"top_p must be in \(0, 1\], got nan"),
-        ({"guidance": -0.5}, "guidance must be at least 0 and finite, got -0.5"),
-        ({"guidance": math.inf}, "guidance must be at least 0 and finite, got inf"),
-        ({"guidance": math.nan}, "guidance must be at least 0 and finite, got nan"),
+        ({"guidance": -0.5}, r"guidance must be in 0..10,000, got -0.5"),
+        ({"guidance": 10_001}, r"guidance must be in 0..10,000, got 10001"),
+        ({"guidance": math.inf}, r"guidance must be in 0..10,000, got inf"),
+        ({"guidance": math.nan}, r"guidance must be in 0..10,000, got nan"),
     ],
 )
 def test_an_impossible_draw_names_the_field_and_its_range(changes, message):

@@ -379,9 +379,10 @@ def test_zero_trains_a_checkpointed_pixelsnail_as_ddp_does(codes, tmp_path):
         ("--condition_dropout=-0.1", r"condition_dropout must be in \[0, 1\), got -0.1"),
         ("--condition_dropout=1", r"condition_dropout must be in \[0, 1\), got 1"),
         ("--model.attention_layers=1", "are of architecture pixelsnail, not of pixelcnn"),
+        ("--condition_dropout=0 --condition=class", "must be above 0 with condition class"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(flag, message, tmp_path):
     with pytest.raises(stage.UserError, match=message) as error:
-        tiny("codes", tmp_path, flag)
+        tiny("codes", tmp_path, *flag.split())
     assert "\n" not in str(error.value)

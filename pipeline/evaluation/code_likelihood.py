@@ -22,6 +22,7 @@ from scipy.optimize import minimize_scalar
 from pipeline.data.images import ImageSet
 from pipeline.evaluation import pictures
 from pipeline.evaluation.sets import batches_of
+from pipeline.models.blocks import true_fp32
 from pipeline.models.priors.prior import Prior
 from pipeline.models.priors.sampling import log_likelihood
 from pipeline.models.vae.likelihoods import LogisticMixture
@@ -60,6 +61,7 @@ def fit_log_scale(
     return float(found.x)
 
 
+@true_fp32()
 def code_nats(
     priors: Sequence[Prior],
     codes: Sequence[torch.Tensor],

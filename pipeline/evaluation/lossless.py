@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from pipeline.models.blocks import true_fp32
 from pipeline.models.priors.fronts import fronts
 from pipeline.models.priors.prior import Prior
 from pipeline.models.priors.sampling import FrontNetwork
@@ -130,6 +131,7 @@ def decode(
 
 
 @torch.no_grad()
+@true_fp32()
 def _code_fronts(
     priors: Sequence[Prior],
     count: int,

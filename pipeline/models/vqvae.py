@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import nn
 
-from pipeline.models.blocks import Decoder, Encoder, halvings
+from pipeline.models.blocks import Decoder, Encoder, halvings, true_fp32
 from pipeline.models.quantizers import (
     Gradient,
     Quantized,
@@ -201,6 +201,7 @@ class VQVAE(nn.Module):
         """images (B, C, H, W) in [0, 1] -> per level, coarse to fine."""
         return self._quantize(images)[1]
 
+    @true_fp32()
     def encode_codes(self, images: torch.Tensor) -> list[torch.Tensor]:
         """images (B, C, H, W) in [0, 1] -> codes per level (B, h, w) int64, coarse to fine."""
         return [level.codes for level in self.encode(images)]
@@ -214,6 +215,7 @@ class VQVAE(nn.Module):
         assert stack is not None  # there is at least one level
         return self._to_pixels(stack)
 
+    @true_fp32()
     def decode_codes(self, codes: Sequence[torch.Tensor]) -> torch.Tensor:
         """codes per level (B, h, w) -> images (B, C, H, W), about [0, 1], not clamped."""
         quantizers: Any = self.quantizers

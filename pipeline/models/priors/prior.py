@@ -116,7 +116,7 @@ class CoarserCodes(nn.Module):
             nn.Embedding(size, config.channels) for size in config.coarser_codebook_sizes
         )
         blocks = [
-            ResidualBlock(config.channels, config.channels // 2)
+            ResidualBlock(config.channels, max(1, config.channels // 2))
             for _ in range(config.condition_layers)
         ]
         self.body = nn.Sequential(

@@ -15,12 +15,13 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch.nn import functional as F
 
-from pipeline.models.blocks import full_precision
+from pipeline.models.blocks import full_precision, true_fp32
 from pipeline.models.priors.fronts import FrontCaches, fronts
 from pipeline.models.priors.noise import gumbel_noise
 from pipeline.models.priors.prior import Prior
 
 Method = Literal["wavefront", "raster", "rows-above", "naive"]
+MIN_TEMPERATURE, MAX_GUIDANCE = 1e-6, 10_000  # beyond them logits are no longer finite in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +39,17 @@ class Draw:
     c, and without, u; 1 = c."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        if not MIN_TEMPERATURE <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature must be finite and at least {MIN_TEMPERATURE:g}, got "
+                f"{self.temperature}; top_k 1 takes the most probable codes"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not 0 <= self.guidance < float("inf"):
-            raise ValueError(f"guidance must be at least 0 and finite, got {self.guidance}")
+        if not 0 <= self.guidance <= MAX_GUIDANCE:
+            raise ValueError(f"guidance must be in 0..{MAX_GUIDANCE:,}, got {self.guidance}")
 
 
 def truncated(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
@@ -141,6 +145,7 @@ class Sampled(NamedTuple):
 
 
 @torch.no_grad()
+@true_fp32()
 def sample_codes(
     model: Prior,
     condition: torch.Tensor,
@@ -218,7 +223,7 @@ def as_graph(
             step(static)
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # its own is on the current device
         step(static)
 
     def replay(positions: torch.Tensor) -> None:
@@ -254,6 +259,7 @@ def resample_codes(
 
 
 @torch.no_grad()
+@true_fp32()
 def log_likelihood(model: Prior, codes: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
     """log p of each code given those before it, in nats: codes (B, H, W) int64 -> (B, H, W)."""
     logits = full_precision(model.logits(codes, condition))
