@@ -11,7 +11,7 @@ import torch
 from pipeline.models.priors import make_prior
 from pipeline.models.priors.noise import image_keys
 from pipeline.models.priors.prior import PriorConfig
-from pipeline.models.priors.sampling import sample_codes
+from pipeline.models.priors.sampling import log_likelihood, sample_codes
 from pipeline.models.quantizers import PlacedCodes
 from pipeline.models.vae.objectives import Objective
 from pipeline.models.vae.vae import VAE, VAEConfig
@@ -82,11 +82,15 @@ def test_a_step_of_the_codebooks_does_not_make_the_host_wait(quantizer):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
 @pytest.mark.parametrize("method", ["wavefront", "raster"])
 @pytest.mark.parametrize("architecture", ["pixelcnn", "pixelsnail", "transformer"])
 @torch.no_grad()
-def test_samples_are_those_of_the_cpu_in_float64(architecture, method):
-    """On CUDA the steps run as graphs, fronts padded to one size."""
+def test_samples_are_those_of_the_cpu_in_float64(architecture, method, device):
+    """On CUDA the steps run as graphs, fronts padded to one size; also on a GPU that is not the
+    current one."""
+    if torch.device(device).index >= torch.cuda.device_count():
+        pytest.skip("needs two GPUs")
     config = PriorConfig(
         architecture=architecture, channels=16, attention_channels=16, heads=2, layers=3,
         attention_layers=architecture == "pixelsnail", grid=(6, 7), codebook_size=17,
@@ -94,9 +98,20 @@ def test_samples_are_those_of_the_cpu_in_float64(architecture, method):
     model = make_prior(config).double().eval()
     keys = image_keys(0, torch.arange(4), 0)
     expected = sample_codes(model, model.condition(4), keys).codes
-    model = model.cuda()
-    drawn = sample_codes(model, model.condition(4), keys.cuda(), method=method).codes
+    model = model.to(device)
+    drawn = sample_codes(model, model.condition(4), keys.to(device), method=method).codes
     assert torch.equal(drawn.cpu(), expected)
+
+
+def test_likelihoods_are_those_of_the_cpu_in_float32():
+    """In TF32, which is on for convolutions, they would be off by more."""
+    assert torch.backends.cudnn.allow_tf32
+    config = PriorConfig(grid=(8, 8), channels=128, layers=4, codebook_size=64)
+    model, codes = make_prior(config).eval(), torch.randint(64, (8, 8, 8))
+    expected = log_likelihood(model, codes, model.condition(8))
+    model = model.cuda()
+    found = log_likelihood(model, codes.cuda(), model.condition(8)).cpu()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("quantizer", ["ema", "learned", "cosine", "fsq", "simvq"])
