@@ -271,8 +271,8 @@ class Material:
                     prior, keys = model.prior(level).model, image_keys(0, numbers, level)
                     given = prior.condition(len(wanted), codes, None, wanted)
                     without = prior.condition(len(wanted), codes) if how.guidance != 1 else None
-                    # classic masks have no fronts
-                    method = "rows-above" if prior.config.order == "raster" else "wavefront"
+                    classic = prior.config.architecture, prior.config.order
+                    method = "rows-above" if classic == ("pixelcnn", "raster") else "wavefront"
                     drawn = sample_codes(
                         prior, given, keys, how, unconditional=without, method=method
                     )
