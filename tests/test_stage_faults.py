@@ -92,12 +92,13 @@ def content(path: Path, out: Path) -> str:
 
 
 def files(out: Path) -> dict[str, str]:
-    """All files that have their name. Pages and logs for people have dates in them."""
+    """All files that have their name. Pages and logs for people have dates in them, .lock a
+    process."""
     found = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
     return {
         name: content(path, out) for name, path in found.items()
         if path.suffix not in (".html", ".md") and "tensorboard" not in name
-        and name != "status.json" and not TEMPORARY.fullmatch(path.name)
+        and name not in ("status.json", ".lock") and not TEMPORARY.fullmatch(path.name)
     }  # fmt: skip
 
 
