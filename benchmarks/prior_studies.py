@@ -41,7 +41,6 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ from pipeline.evaluation.judge import half_of
 from pipeline.evaluation.sets import Choice, Reconstructions, ShardImages, batches_of, choose
 from pipeline.models.priors.noise import image_keys
 from pipeline.models.priors.prior import Prior
-from pipeline.models.priors.sampling import Draw, sample_codes
+from pipeline.models.priors.sampling import Draw, fastest_method, sample_codes
 from pipeline.train_prior import TrainPrior
 from pipeline.training.checkpoint import load_model, read_about
 from pipeline.training.tracking import progress_bar
@@ -174,10 +173,9 @@ def sampling_speeds(priors: Mapping[str, Prior]) -> dict[str, float]:
         coarser = [random(size, shape) for size in config.coarser_codebook_sizes]
         attributes = random(2, (TIMED_BATCH, config.num_attributes)) * 2 - 1
         condition = prior.condition(TIMED_BATCH, coarser, None, attributes)
-        sampler = Sampler("wavefront", prior, condition, keys)
-        with suppress(ValueError):  # a classic gated PixelCNN has no fronts
-            sampler.whole_ms()
-            samplers[name] = sampler
+        if fastest_method(prior) == "wavefront":
+            samplers[name] = Sampler("wavefront", prior, condition, keys)
+            samplers[name].whole_ms()  # not timed
     turns = [{name: sampler.whole_ms() for name, sampler in samplers.items()} for _ in range(TURNS)]
     medians = {name: statistics.median(turn[name] for turn in turns) for name in samplers}
     return {name: 1e3 * TIMED_BATCH / median for name, median in medians.items()}
@@ -271,12 +269,8 @@ class Material:
                     prior, keys = model.prior(level).model, image_keys(0, numbers, level)
                     given = prior.condition(len(wanted), codes, None, wanted)
                     without = prior.condition(len(wanted), codes) if how.guidance != 1 else None
-                    classic = prior.config.architecture, prior.config.order
-                    method = "rows-above" if classic == ("pixelcnn", "raster") else "wavefront"
-                    drawn = sample_codes(
-                        prior, given, keys, how, unconditional=without, method=method
-                    )
-                    codes.append(drawn.codes)
+                    options = {"unconditional": without, "method": fastest_method(prior)}
+                    codes.append(sample_codes(prior, given, keys, how, **options).codes)
                 images.append(pictures.to_uint8(model.decode(codes)))
                 bar.update(len(wanted))
         found = np.concatenate(images)

@@ -471,7 +471,8 @@ def main(config: SamplePrior) -> None:
     locks = []  # of rank 0, until this function ends
     on_rank_zero(lambda: locks.append(lock(config.out)), accelerator.device)
     shards = range(-(-config.num_images // SHARD_SIZE))
-    todo = [shard for shard in shards if finished(config, shard) is None]
+    infos = {shard: finished(config, shard) for shard in shards}
+    todo = [shard for shard in shards if infos[shard] is None]
     missing = sorted(set(range(candidates)) - set(Drawn(config.out).places)) if todo else []
     if first:
         stage.remove_leftovers(*(config.out / name for name in ("", *FOLDERS)))
@@ -509,8 +510,8 @@ def main(config: SamplePrior) -> None:
         if len(missing) == candidates:  # nothing was there before
             result["images_per_sec"] = config.num_images / seconds
         stage.write_json(note, result)
-        infos = [finished(config, shard) for shard in shards]
-        finish(config, model, [info for info in infos if info is not None])
+        infos |= {shard: finished(config, shard) for shard in todo}
+        finish(config, model, [info for info in infos.values() if info is not None])
         print(f"{config.out}: {config.num_images} images, grid in {config.out / 'samples.png'}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -43,7 +43,7 @@ from pipeline.evaluation import model_card, pictures
 from pipeline.models.priors import make_prior
 from pipeline.models.priors.noise import image_keys
 from pipeline.models.priors.prior import Prior, PriorConfig
-from pipeline.models.priors.sampling import sample_codes
+from pipeline.models.priors.sampling import fastest_method, sample_codes
 from pipeline.models.vqvae import VQVAE
 from pipeline.training import distributed, scoring, zero
 from pipeline.training.checkpoint import load_model, model_sha256, save_model
@@ -273,7 +273,7 @@ def decoded_samples(
     """Makes images whose finest codes are drawn given the coarser codes, class and attributes of
     the images `numbers` (N,); image n depends on n alone."""
     level, device = len(codes.levels) - 1, prior.embed.weight.device
-    method = "rows-above" if prior.config.order == "raster" else "wavefront"
+    method = fastest_method(prior)
 
     def make(where: slice) -> np.ndarray:
         arrays = codes.fetch(numbers[where])

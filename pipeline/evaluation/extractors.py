@@ -38,6 +38,7 @@ from torch_fidelity.sample_similarity_lpips import (
 from torchvision.models.vgg import VGG16_Weights, cfgs, make_layers
 
 from pipeline.evaluation.inception import FoldedInception
+from pipeline.models.blocks import true_fp32
 from pipeline.models.classifier import Classifier
 from pipeline.stage import UserError
 from pipeline.training.checkpoint import load_model, model_sha256, read_about
@@ -138,7 +139,7 @@ class Similarity:
             torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
             for images in (a, b)
         ]
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with true_fp32():
             return self.module(*pair).flatten().cpu()
 
 

@@ -32,6 +32,7 @@ from pipeline.evaluation.extractors import Extractor
 from pipeline.evaluation.fidelity import with_channels
 from pipeline.evaluation.sets import BATCH_SIZE, Images
 from pipeline.failpoint import failpoint
+from pipeline.models.blocks import true_fp32
 from pipeline.stage import UserError, remove_leftovers, write_json
 from pipeline.training.collectives import all_reduce_sum, alone
 from pipeline.training.tracking import progress_bar
@@ -87,7 +88,7 @@ def extract(
     quiet = rank > 0 or not mine
     with (
         progress_bar(sum(map(len, mine)), description, disable=quiet) as bar,
-        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        true_fp32(),
     ):
         for chunk, parts in zip(mine, batches, strict=True):
             start = int(chunk[0])

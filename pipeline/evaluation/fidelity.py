@@ -24,6 +24,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from pipeline.evaluation.extractors import Extractor
 from pipeline.evaluation.sets import MIN_IMAGES
+from pipeline.models.blocks import true_fp32
 from pipeline.stage import UserError
 from pipeline.training.tracking import progress_bar
 
@@ -63,7 +64,7 @@ def extract(
     parts = {extractor.name: [] for extractor in extractors}
     with (
         progress_bar(total, description) as bar,
-        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        true_fp32(),
     ):
         for batch in batches:
             for extractor in extractors:

@@ -11,8 +11,9 @@ from torch import nn
 
 @contextmanager
 def true_fp32() -> Iterator[None]:
-    """Convolutions on CUDA in float32, not in TF32, which is off by about 1e-3: samples, codes and
-    likelihoods are to be the same by every method and on every device. Also a decorator."""
+    """Convolutions on CUDA in float32, not in TF32, which is off by about 1e-3: samples, codes,
+    likelihoods and features are to be the same by every method and on every device. Also a
+    decorator."""
     cudnn = torch.backends.cudnn
     before, cudnn.allow_tf32 = cudnn.allow_tf32, False
     try:

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from pipeline.data.images import ImageSet
 from pipeline.evaluation import pictures
 from pipeline.evaluation.sets import MIN_IMAGES, choose
+from pipeline.models.blocks import true_fp32
 from pipeline.stage import UserError
 from pipeline.training.checkpoint import read_about
 from pipeline.training.collectives import all_reduce_sum, rank_slice
@@ -142,7 +143,7 @@ class Scorer:
             images = make(slice(start, min(start + BATCH_SIZE, part.stop)))
             colours = np.repeat(images, self.extractor.channels // images.shape[3], axis=3)
             tensor = torch.from_numpy(colours).to(device).permute(0, 3, 1, 2)
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            with true_fp32():
                 features.append(self.extractor.module(tensor)[0].double())
             shown.append(images[:SHOWN])
         own = torch.cat(features)
